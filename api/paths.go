@@ -1,0 +1,51 @@
+package api
+
+// Paths of /v1. {x} is one path segment, escaped.
+//
+//	GET    /v1/status                     Status
+//	POST   /v1/init            Init       Done       only before the node is a member
+//	POST   /v1/join            Join       Done       only before the node is a member
+//	POST   /v1/leave           Leave      Done
+//	GET    /v1/tokens                     List[Token]
+//	POST   /v1/tokens          TokenCreate Token
+//	DELETE /v1/tokens/{id}                Done
+//	GET    /v1/nodes                      List[Node]
+//	GET    /v1/nodes/{name}               Node
+//	DELETE /v1/nodes/{name}               Done       a node that left or is fenced
+//	GET    /v1/quorum                     Quorum
+//	GET    /v1/volumes                    List[Volume]
+//	POST   /v1/volumes         VolumeCreate Volume   answered when the copy is made
+//	GET    /v1/volumes/{name}             Volume
+//	DELETE /v1/volumes/{name}             Done
+//	GET    /v1/targets                    List[Target]
+//	POST   /v1/targets         TargetCreate Target
+//	GET    /v1/targets/{iqn}              Target
+//	DELETE /v1/targets/{iqn}              Done
+//	GET    /v1/luns                       List[LUN]
+//	POST   /v1/luns            LUNCreate  LUN
+//	DELETE /v1/luns/{iqn}/{n}             Done
+//	POST   /v1/acls            ACLChange  Target
+//	GET    /v1/sessions                   List[Session]
+//	GET    /v1/fence                      List[Fence]
+//	GET    /v1/fence/history              List[FenceEvent]
+//	POST   /v1/fence/ack       FenceAck   Done
+//	GET    /v1/events                     server-sent events, data: Event
+//	GET    /metrics /healthz /readyz
+const (
+	PathStatus       = "/v1/status"
+	PathInit         = "/v1/init"
+	PathJoin         = "/v1/join"
+	PathLeave        = "/v1/leave"
+	PathTokens       = "/v1/tokens"
+	PathNodes        = "/v1/nodes"
+	PathQuorum       = "/v1/quorum"
+	PathVolumes      = "/v1/volumes"
+	PathTargets      = "/v1/targets"
+	PathLUNs         = "/v1/luns"
+	PathACLs         = "/v1/acls"
+	PathSessions     = "/v1/sessions"
+	PathFence        = "/v1/fence"
+	PathFenceHistory = "/v1/fence/history"
+	PathFenceAck     = "/v1/fence/ack"
+	PathEvents       = "/v1/events"
+)

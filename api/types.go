@@ -1,0 +1,301 @@
+package api
+
+import "time"
+
+// Health is the one-word answer of status. "ok" needs no action.
+type Health string
+
+// The states, from best to worst.
+const (
+	HealthOK       Health = "ok"
+	HealthDegraded Health = "degraded" // works, but the next fault may not be survived
+	HealthFaulted  Health = "faulted"  // something is down
+	HealthNoQuorum Health = "no-quorum"
+	HealthUninit   Health = "uninitialised"
+)
+
+// Problem is one thing that is wrong: state, cause, and what to do.
+type Problem struct {
+	Severity Health `json:"severity" yaml:"severity"`
+	What     string `json:"what" yaml:"what"`                           // "volume v1 is down"
+	Cause    string `json:"cause" yaml:"cause"`                         // "its only copy is on n3, which is lost"
+	Action   string `json:"action" yaml:"action"`                       // what to do, in words
+	Command  string `json:"command,omitempty" yaml:"command,omitempty"` // the command to type
+}
+
+// Status is the whole cluster on one screen. A node without quorum answers from
+// its own copy and sets Stale.
+type Status struct {
+	APIVersion string    `json:"apiVersion" yaml:"apiVersion"`
+	Health     Health    `json:"health" yaml:"health"`
+	Stale      bool      `json:"stale" yaml:"stale"` // read without a quorum, as of Index
+	Problems   []Problem `json:"problems" yaml:"problems"`
+	Cluster    string    `json:"cluster" yaml:"cluster"`
+	UUID       string    `json:"uuid" yaml:"uuid"`
+	Node       string    `json:"node" yaml:"node"` // who answers
+	Version    string    `json:"version" yaml:"version"`
+	Epoch      uint64    `json:"epoch" yaml:"epoch"`
+	View       uint64    `json:"view" yaml:"view"`
+	Index      uint64    `json:"index" yaml:"index"` // applied FSM index that this document shows
+	Quorum     Quorum    `json:"quorum" yaml:"quorum"`
+	Nodes      []Node    `json:"nodes" yaml:"nodes"`
+	Volumes    []Volume  `json:"volumes" yaml:"volumes"`
+	Fences     []Fence   `json:"fences" yaml:"fences"` // open ones
+	LUNs       []LUN     `json:"luns" yaml:"luns"`
+	Targets    []Target  `json:"targets" yaml:"targets"`
+}
+
+// Quorum is the state of the vote.
+type Quorum struct {
+	Quorate  bool     `json:"quorate" yaml:"quorate"`
+	Leader   string   `json:"leader" yaml:"leader"`
+	Voters   []string `json:"voters" yaml:"voters"`
+	Online   []string `json:"online" yaml:"online"` // voters that hold a node lease
+	Needed   int      `json:"needed" yaml:"needed"` // votes of a majority
+	Term     uint64   `json:"term" yaml:"term"`
+	Commit   uint64   `json:"commit" yaml:"commit"`
+	Survives int      `json:"survives" yaml:"survives"` // voters that may still fail
+	Profile  string   `json:"profile" yaml:"profile"`   // fast, normal, wan
+}
+
+// NodeState is the state of a member as the cluster sees it.
+type NodeState string
+
+// States of a node. Lost: evicted, its fence is not yet proven.
+const (
+	NodeOnline  NodeState = "online"
+	NodeSuspect NodeState = "suspect"
+	NodeLost    NodeState = "lost"
+	NodeFenced  NodeState = "fenced"
+	NodeLeaving NodeState = "leaving"
+	NodeLeft    NodeState = "left"
+	NodeJoining NodeState = "joining"
+	NodeUnknown NodeState = "unknown" // no quorum: nobody may say
+)
+
+// Node is a member.
+type Node struct {
+	Name        string            `json:"name" yaml:"name"`
+	State       NodeState         `json:"state" yaml:"state"`
+	Index       int               `json:"index" yaml:"index"` // 1.., also the target port group tag
+	Incarnation uint64            `json:"incarnation" yaml:"incarnation"`
+	BootID      string            `json:"boot_id" yaml:"boot_id"`
+	Roles       []string          `json:"roles" yaml:"roles"` // voter storage host witness
+	Vote        string            `json:"vote" yaml:"vote"`   // leader, voter, nonvoter, none
+	Raft        string            `json:"raft" yaml:"raft"`   // address
+	API         string            `json:"api" yaml:"api"`
+	Gossip      string            `json:"gossip" yaml:"gossip"`
+	Portals     []string          `json:"portals" yaml:"portals"` // iSCSI addresses
+	Initiator   string            `json:"initiator" yaml:"initiator"`
+	LeaseLeft   time.Duration     `json:"lease_left_ns" yaml:"lease_left_ns"`
+	Control     string            `json:"control" yaml:"control"` // "up", "down", "unknown"
+	Workers     map[string]Worker `json:"workers,omitempty" yaml:"workers,omitempty"`
+	Since       time.Time         `json:"since" yaml:"since"`
+	Reason      string            `json:"reason,omitempty" yaml:"reason,omitempty"` // why lost or fenced
+	Format      uint32            `json:"format" yaml:"format"`                     // newest cluster format it knows
+}
+
+// Worker is a worker process of a node.
+type Worker struct {
+	Kind        string    `json:"kind" yaml:"kind"` // storage, locks
+	PID         int       `json:"pid" yaml:"pid"`
+	Started     time.Time `json:"started" yaml:"started"`
+	Incarnation string    `json:"incarnation" yaml:"incarnation"` // of this process
+	State       string    `json:"state" yaml:"state"`             // serving, orphaned, shut, down
+	Index       uint64    `json:"index" yaml:"index"`             // highest FSM index it obeys
+}
+
+// Volume is bytes: a size and its copies.
+type Volume struct {
+	Name      string   `json:"name" yaml:"name"`
+	UUID      string   `json:"uuid" yaml:"uuid"`
+	Size      int64    `json:"size" yaml:"size"`
+	BlockSize int      `json:"block_size" yaml:"block_size"`
+	State     string   `json:"state" yaml:"state"`                     // creating ready removing
+	Health    Health   `json:"health" yaml:"health"`                   // ok, degraded (not redundant), faulted (down)
+	Cause     string   `json:"cause,omitempty" yaml:"cause,omitempty"` // "not redundant: one copy"
+	Epoch     uint64   `json:"epoch" yaml:"epoch"`
+	Primary   string   `json:"primary" yaml:"primary"`
+	ISR       []string `json:"isr" yaml:"isr"`
+	Replicas  []string `json:"replicas" yaml:"replicas"`
+	LUNs      []string `json:"luns" yaml:"luns"` // "iqn…/3"
+}
+
+// VolumeCreate asks for a volume. RequestID makes a repeated request harmless.
+type VolumeCreate struct {
+	Name        string `json:"name"`
+	Size        int64  `json:"size"`       // bytes, rounded up to the block size
+	BlockSize   int    `json:"block_size"` // 512 (default) or 4096
+	Replicas    int    `json:"replicas"`   // 1 today
+	Node        string `json:"node"`       // where the (first) copy lies; empty = chosen
+	RequestID   string `json:"request_id"`
+	IfNotExists bool   `json:"if_not_exists"`
+}
+
+// Target is an iSCSI target.
+type Target struct {
+	IQN      string   `json:"iqn" yaml:"iqn"`
+	TID      int      `json:"tid" yaml:"tid"` // tgtadm's number, cluster-wide
+	Alias    string   `json:"alias,omitempty" yaml:"alias,omitempty"`
+	LUNs     []LUN    `json:"luns" yaml:"luns"`
+	ACL      ACL      `json:"acl" yaml:"acl"`
+	Portals  []string `json:"portals" yaml:"portals"` // address,portal-group-tag
+	Sessions int      `json:"sessions" yaml:"sessions"`
+}
+
+// TargetCreate asks for a target. An empty IQN is made from the cluster's and
+// the target's name.
+type TargetCreate struct {
+	Name        string `json:"name"` // an IQN, or a short name
+	Alias       string `json:"alias"`
+	TID         int    `json:"tid"` // 0 = next free
+	IfNotExists bool   `json:"if_not_exists"`
+}
+
+// LUN is a number under a target that points to a volume.
+type LUN struct {
+	Target     string   `json:"target" yaml:"target"`
+	LUN        int      `json:"lun" yaml:"lun"`
+	Volume     string   `json:"volume" yaml:"volume"` // name
+	Generation uint64   `json:"generation" yaml:"generation"`
+	ReadOnly   bool     `json:"read_only" yaml:"read_only"`
+	State      Health   `json:"state" yaml:"state"`
+	WWID       string   `json:"wwid" yaml:"wwid"`                     // as in multipath: 3 + NAA in hex
+	URLs       []string `json:"urls,omitempty" yaml:"urls,omitempty"` // iscsi://… of the portals that serve it
+}
+
+// LUNCreate maps a volume; with Size it first makes the volume (one command).
+type LUNCreate struct {
+	Target      string `json:"target"`
+	Volume      string `json:"volume"` // an existing volume, or the new one's name
+	Size        int64  `json:"size"`   // > 0: create the volume too
+	BlockSize   int    `json:"block_size"`
+	Replicas    int    `json:"replicas"`
+	Node        string `json:"node"`
+	LUN         int    `json:"lun"` // -1 = next free
+	ReadOnly    bool   `json:"read_only"`
+	RequestID   string `json:"request_id"`
+	IfNotExists bool   `json:"if_not_exists"`
+}
+
+// ACL says who may see a target. Every kind that is set must match; with
+// nothing set nobody may, unless Open.
+type ACL struct {
+	Open       bool     `json:"open" yaml:"open"`
+	Initiators []string `json:"initiators" yaml:"initiators"` // names
+	Addresses  []string `json:"addresses" yaml:"addresses"`   // CIDR
+}
+
+// ACLChange adds and removes entries of a target's ACL.
+type ACLChange struct {
+	Target string `json:"target"`
+	Open   *bool  `json:"open,omitempty"`
+	Add    ACL    `json:"add"`
+	Remove ACL    `json:"remove"`
+}
+
+// Session is an initiator's session on one node.
+type Session struct {
+	Node       string    `json:"node" yaml:"node"`
+	Target     string    `json:"target" yaml:"target"`
+	Initiator  string    `json:"initiator" yaml:"initiator"`
+	Address    string    `json:"address" yaml:"address"`
+	ISID       string    `json:"isid" yaml:"isid"`
+	TSIH       uint16    `json:"tsih" yaml:"tsih"`
+	Since      time.Time `json:"since" yaml:"since"`
+	Commands   uint64    `json:"commands" yaml:"commands"`
+	ReadBytes  uint64    `json:"read_bytes" yaml:"read_bytes"`
+	WriteBytes uint64    `json:"write_bytes" yaml:"write_bytes"`
+}
+
+// Init founds a cluster on this node.
+type Init struct {
+	Cluster string `json:"cluster"` // 1..32 of [A-Za-z0-9_-], the cluster part of a lock table
+}
+
+// Join makes this node a member. Token is what token create printed, Address is
+// HOST:PORT of any member's API.
+type Join struct {
+	Token   string `json:"token"`
+	Address string `json:"address"`
+}
+
+// TokenCreate asks for a join token.
+type TokenCreate struct {
+	TTL  time.Duration `json:"ttl_ns"` // default 1 h
+	Uses int           `json:"uses"`   // default 1
+}
+
+// Token is a join token. Secret is only in the answer to its creation.
+type Token struct {
+	ID      string    `json:"id" yaml:"id"`
+	Secret  string    `json:"secret,omitempty" yaml:"secret,omitempty"` // the whole text to paste: bh1-…
+	Expires time.Time `json:"expires" yaml:"expires"`
+	Uses    int       `json:"uses" yaml:"uses"`                     // left
+	Join    string    `json:"join,omitempty" yaml:"join,omitempty"` // the command to type on the new node
+}
+
+// Fence is an open fence: a node whose death is not yet proven.
+type Fence struct {
+	Node        string    `json:"node" yaml:"node"`
+	Incarnation uint64    `json:"incarnation" yaml:"incarnation"`
+	Epoch       uint64    `json:"epoch" yaml:"epoch"`
+	Since       time.Time `json:"since" yaml:"since"`
+	Reason      string    `json:"reason" yaml:"reason"`   // of the eviction
+	Waiting     string    `json:"waiting" yaml:"waiting"` // "an operator: clusteradm fence_manual n2"
+	Attempts    int       `json:"attempts" yaml:"attempts"`
+}
+
+// FenceEvent is a row of the history, which is append-only.
+type FenceEvent struct {
+	Index       uint64    `json:"index" yaml:"index"` // FSM index of the record
+	Time        time.Time `json:"time" yaml:"time"`
+	Node        string    `json:"node" yaml:"node"`
+	Incarnation uint64    `json:"incarnation" yaml:"incarnation"`
+	Epoch       uint64    `json:"epoch" yaml:"epoch"`
+	Event       string    `json:"event" yaml:"event"`   // evict, start, end, fenced, admit
+	Method      string    `json:"method" yaml:"method"` // manual, rejoin
+	Operator    string    `json:"operator,omitempty" yaml:"operator,omitempty"`
+	Reason      string    `json:"reason,omitempty" yaml:"reason,omitempty"`
+	Evidence    string    `json:"evidence,omitempty" yaml:"evidence,omitempty"`
+}
+
+// FenceAck is the operator's word that a node has been reset. Confirm is the
+// typed word "absolutely", or the node's name from --yes-i-reset-it.
+type FenceAck struct {
+	Node     string `json:"node"`
+	Operator string `json:"operator"`
+	Reason   string `json:"reason"`
+	Confirm  string `json:"confirm"`
+}
+
+// Leave takes the answering node out of the cluster.
+type Leave struct {
+	Force bool `json:"force"` // although volumes or votes would be lost
+}
+
+// Event is an important change, also sent over /v1/events (server-sent events).
+type Event struct {
+	Time  time.Time      `json:"time" yaml:"time"`
+	Index uint64         `json:"index" yaml:"index"`
+	Kind  string         `json:"kind" yaml:"kind"` // node.lost, volume.ready, …
+	Text  string         `json:"text" yaml:"text"`
+	Data  map[string]any `json:"data,omitempty" yaml:"data,omitempty"`
+}
+
+// List wraps a list in a document.
+type List[T any] struct {
+	APIVersion string `json:"apiVersion" yaml:"apiVersion"`
+	Kind       string `json:"kind" yaml:"kind"`
+	Stale      bool   `json:"stale" yaml:"stale"`
+	Index      uint64 `json:"index" yaml:"index"`
+	Items      []T    `json:"items" yaml:"items"`
+}
+
+// Done answers a change: at Index it is committed, and applied on the node that
+// answered.
+type Done struct {
+	APIVersion string `json:"apiVersion" yaml:"apiVersion"`
+	Index      uint64 `json:"index" yaml:"index"`
+	Message    string `json:"message,omitempty" yaml:"message,omitempty"`
+}
