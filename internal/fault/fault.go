@@ -1,0 +1,23 @@
+// Package fault switches single safety rules off, so that the suite can prove
+// that it would notice: a rule whose absence no test sees is no rule (SAFETY
+// §7). In ordinary builds Off is the constant false and the compiler removes
+// the branch; with the build tag `mutations` the environment variable
+// BLOCKHOUSE_MUTATION lists the rules that are off.
+//
+// It imports nothing of ours; everyone may import it.
+package fault
+
+// Rule names a safety rule. The names are listed here and nowhere else.
+type Rule string
+
+// The rules.
+const (
+	// LinkNeverBackwards: a worker refuses a stamp lower than it has seen (SAFETY §2).
+	LinkNeverBackwards Rule = "link-never-backwards"
+	// ControlCatchesUp: control says nothing but hello before it has reached a leader's read index.
+	ControlCatchesUp Rule = "control-catches-up"
+	// GateShutsAtLeaseEnd: the storage gate shuts at lease end + T_orphan.
+	GateShutsAtLeaseEnd Rule = "gate-shuts-at-lease-end"
+	// GrantVerifiesLeader: a leader proves that it leads before it grants a lease.
+	GrantVerifiesLeader Rule = "grant-verifies-leader"
+)

@@ -1,0 +1,85 @@
+package link
+
+import (
+	"encoding/json"
+
+	"github.com/blockhouse-san/blockhouse/internal/env"
+)
+
+// Kind of a worker.
+type Kind string
+
+// The workers of a node.
+const (
+	Storage Kind = "storage"
+	Locks   Kind = "locks"
+)
+
+// ControlHello is control's first frame.
+type ControlHello struct {
+	Incarnation uint64 `json:"incarnation"` // of the control process, taken under flock
+	Node        string `json:"node"`
+	Cluster     string `json:"cluster"` // uuid
+	PID         int    `json:"pid"`
+}
+
+// WorkerHello is the worker's first frame.
+type WorkerHello struct {
+	Kind        Kind   `json:"kind"`
+	Incarnation string `json:"incarnation"` // random, of this worker process
+	PID         int    `json:"pid"`
+	Start       uint64 `json:"start"` // field 22 of /proc/PID/stat: pid and start name one process
+	Highest     Stamp  `json:"highest"`
+	Control     uint64 `json:"control"` // incarnation of the control that it obeys
+}
+
+// Refused says why a frame was not obeyed. The connection is closed after it.
+type Refused struct {
+	Reason string `json:"reason"`
+}
+
+// State is the whole picture that a worker needs of the FSM.
+type State struct {
+	Stamp
+	Node        string          `json:"node"`
+	Index       int             `json:"node_index"` // 1.., the target port group tag
+	Incarnation uint64          `json:"node_incarnation"`
+	Cluster     string          `json:"cluster"` // name
+	UUID        string          `json:"uuid"`
+	Members     json.RawMessage `json:"members"` // state of machine 1
+	Storage     json.RawMessage `json:"storage"` // state of machine 3
+}
+
+// Lease says until when this node is a member, on CLOCK_BOOTTIME of this kernel.
+// Its stamp is the leader's; its Index is the minimum that the state must have
+// reached before a gate opens.
+type Lease struct {
+	Stamp
+	End env.Boot `json:"end"`
+}
+
+// Report is what a worker does. It is sent when it changes and once a second.
+type Report struct {
+	WorkerHello
+	Gate      string          `json:"gate"`       // serving, waiting, orphaned, shut
+	LeaseEnd  env.Boot        `json:"lease_end"`  // 0: never had one
+	Refusals  uint64          `json:"refusals"`   // frames that were older than what was obeyed
+	GateOpens uint64          `json:"gate_opens"` // incarnation of the gate
+	Detail    json.RawMessage `json:"detail,omitempty"`
+}
+
+// Request asks control for a change of the FSM. It is repeated until answered, so
+// it is idempotent by (worker incarnation, Seq).
+type Request struct {
+	Worker string          `json:"worker"`
+	Seq    uint64          `json:"seq"`
+	Kind   string          `json:"kind"` // volume.ready, volume.removed
+	Body   json.RawMessage `json:"body"`
+}
+
+// Reply answers a request.
+type Reply struct {
+	Seq   uint64 `json:"seq"`
+	Error string `json:"error,omitempty"`
+	Index uint64 `json:"index"`
+}
