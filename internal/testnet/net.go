@@ -129,7 +129,9 @@ func (b *Bridge) IP() string { return b.addr.Addr().String() }
 func (b *Bridge) Hub() *Port { return b.hub }
 
 // mac gives locally administered addresses that are unique in one Net.
-func mac(bridge, port int) string { return fmt.Sprintf("02:bb:00:%02x:%02x:%02x", bridge, port>>8, port&255) }
+func mac(bridge, port int) string {
+	return fmt.Sprintf("02:bb:00:%02x:%02x:%02x", bridge, port>>8, port&255)
+}
 
 // Port is one end of a segment: a node's link, a guest's tap, or the hub itself.
 type Port struct {

@@ -3,6 +3,7 @@ package testnet
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"testing"
@@ -150,7 +151,7 @@ func (p *Proxy) copy(dst, src net.Conn) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		p.deliver(dst, queue)
+		p.deliver(dst, src, queue)
 	}()
 	buf := make([]byte, 32<<10)
 	for {
@@ -167,6 +168,9 @@ func (p *Proxy) copy(dst, src net.Conn) {
 			}
 		}
 		if err != nil {
+			if !errors.Is(err, io.EOF) {
+				_ = dst.Close() // a broken connection is broken at once on both sides
+			}
 			break
 		}
 	}
@@ -174,7 +178,7 @@ func (p *Proxy) copy(dst, src net.Conn) {
 	<-done
 }
 
-func (p *Proxy) deliver(dst net.Conn, queue <-chan chunk) {
+func (p *Proxy) deliver(dst, src net.Conn, queue <-chan chunk) {
 	for c := range queue {
 		timer := time.NewTimer(time.Until(c.due))
 		select {
@@ -193,6 +197,7 @@ func (p *Proxy) deliver(dst net.Conn, queue <-chan chunk) {
 		}
 		if _, err := dst.Write(c.data); err != nil {
 			_ = dst.Close()
+			_ = src.Close()
 			return
 		}
 	}

@@ -21,7 +21,7 @@ while read -r op group; do
 		set -- $keep ;;
 	esac
 done
-for g in "$@"; do kill -KILL -- "-$g"; done
+for g in "$@"; do kill -s KILL -- "-$g"; done
 `
 
 var reaper struct {
