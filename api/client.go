@@ -69,21 +69,29 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any) error
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode >= 400 {
-		var eb ErrorBody
-		b, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-		if json.Unmarshal(b, &eb) == nil && eb.Error != nil {
-			return eb.Error
-		}
-		return Errorf(CodeInternal, "", "%s answered %s: %s", c.name, resp.Status, strings.TrimSpace(string(b)))
+		return c.answerError(resp)
 	}
 	if out == nil {
 		_, _ = io.Copy(io.Discard, resp.Body)
 		return nil
 	}
 	if err := json.NewDecoder(resp.Body).Decode(out); err != nil {
+		if ctx.Err() != nil { // the deadline fell into the body: a timeout, not a bad answer
+			return c.transportError(ctx, err)
+		}
 		return Errorf(CodeInternal, "", "decode the answer to %s %s: %v", method, path, err)
 	}
 	return nil
+}
+
+// answerError makes the error of an answer whose status says failure.
+func (c *Client) answerError(resp *http.Response) error {
+	var eb ErrorBody
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if json.Unmarshal(b, &eb) == nil && eb.Error != nil {
+		return eb.Error
+	}
+	return Errorf(CodeInternal, "", "%s answered %s: %s", c.name, resp.Status, strings.TrimSpace(string(b)))
 }
 
 func (c *Client) transportError(ctx context.Context, err error) error {
@@ -124,7 +132,16 @@ func Delete(ctx context.Context, c *Client, path string) (Done, error) {
 
 // Events reads server-sent events until ctx ends or fn returns an error.
 func (c *Client) Events(ctx context.Context, fn func(Event) error) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/v1/events", nil)
+	return c.events(ctx, PathEvents, fn)
+}
+
+// RecentEvents reads the events that the daemon still remembers and returns.
+func (c *Client) RecentEvents(ctx context.Context, fn func(Event) error) error {
+	return c.events(ctx, PathEvents+"?follow=0", fn)
+}
+
+func (c *Client) events(ctx context.Context, path string, fn func(Event) error) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+path, nil)
 	if err != nil {
 		return Errorf(CodeUsage, "", "events: %v", err)
 	}
@@ -134,7 +151,7 @@ func (c *Client) Events(ctx context.Context, fn func(Event) error) error {
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != 200 {
-		return Errorf(CodeInternal, "", "%s answered %s", c.name, resp.Status)
+		return c.answerError(resp)
 	}
 	dec := newLineReader(resp.Body)
 	for {

@@ -29,7 +29,9 @@ package api
 //	GET    /v1/fence                      List[Fence]
 //	GET    /v1/fence/history              List[FenceEvent]
 //	POST   /v1/fence/ack       FenceAck   Done
-//	GET    /v1/events                     server-sent events, data: Event
+//	GET    /v1/events                     server-sent events, data: Event: those the
+//	                                      node still remembers, then new ones;
+//	                                      ?follow=0 ends after the remembered ones
 //	GET    /metrics /healthz /readyz
 const (
 	PathStatus       = "/v1/status"
