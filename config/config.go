@@ -25,7 +25,7 @@ import (
 // Config is the whole file. The comment of a field becomes its comment in
 // `clusterd --print-default-config`.
 type Config struct {
-	Name    string `toml:"name" comment:"The node's name: 1 to 64 of a-z A-Z 0-9 . _ -. Must be unique in the cluster and never change. Empty: the host's name."`
+	Name    string `toml:"name" comment:"The node's name: 1 to 63 of a-z 0-9 . _ -. Must be unique in the cluster and never change. Empty: the host's name."`
 	DataDir string `toml:"data_dir" comment:"Raft log, keys and certificates, leases. Belongs to one node only; never copy it to another."`
 	RunDir  string `toml:"run_dir" comment:"Sockets and pid files."`
 	Profile string `toml:"profile" comment:"How fast a failure is noticed: fast (node lease 1 s), normal (2 s) or wan (10 s). The same on every node."`
@@ -235,7 +235,7 @@ func Parse(file string, b []byte) (Config, error) {
 	}
 	if c.Name == "" {
 		if h, err := os.Hostname(); err == nil {
-			c.Name, _, _ = strings.Cut(h, ".")
+			c.Name, _, _ = strings.Cut(strings.ToLower(h), ".")
 		}
 	}
 	for _, e := range c.check() {
@@ -248,7 +248,8 @@ func Parse(file string, b []byte) (Config, error) {
 	return c, nil
 }
 
-var nameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+// nameRE is members.ValidName: a name stands in certificates and lock tables.
+var nameRE = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
 // Validate says what is wrong with a configuration that was not read from a file.
 func (c *Config) Validate() error {
@@ -265,7 +266,7 @@ func (c *Config) check() (errs []*Error) {
 		errs = append(errs, &Error{Key: key, Msg: fmt.Sprintf(format, a...)})
 	}
 	if !nameRE.MatchString(c.Name) {
-		bad("name", "%q: 1 to 64 of letters, digits, '.', '_', '-', beginning with a letter or digit", c.Name)
+		bad("name", "%q: 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit", c.Name)
 	}
 	for _, p := range []struct{ key, v string }{{"data_dir", c.DataDir}, {"run_dir", c.RunDir}} {
 		if !filepath.IsAbs(p.v) {

@@ -144,6 +144,6 @@ func disks(root string, _ map[string]bool) ([]string, error) {
 	return out, nil
 }
 
-// naaPrefix begins the WWID of every LUN of ours: type 3, NAA 3 (locally
-// assigned, SPC-5 7.7.6.6.4).
-const naaPrefix = "mpath-33"
+// naaPrefix begins the WWID of every LUN of ours in a map's uuid: designator
+// type 3, NAA 6 with our locally administered company id (fsm/storage).
+const naaPrefix = "mpath-36024248"
