@@ -63,6 +63,8 @@ type summary struct {
 	failures                []string // names, for the list before the closing line
 	skips                   []*skip
 	timings                 []timing
+	npkgs                   int // packages that ended, but those without tests
+	start                   time.Time
 	cmdFailures             int // failures that this command has shown as events
 }
 
@@ -70,6 +72,7 @@ func newSummary(w io.Writer, ci bool) *summary {
 	return &summary{
 		w:      w,
 		ci:     ci,
+		start:  time.Now(),
 		pkgs:   make(map[string]*pkg),
 		builds: make(map[string][]string),
 		told:   make(map[string]bool),
@@ -202,6 +205,9 @@ func (s *summary) endPackage(ev event) {
 		s.fail(ev.Package + " (outside any test)")
 	}
 
+	if !p.noTests {
+		s.npkgs++
+	}
 	bad := ev.Action == "fail" || len(p.failed) > 0
 	if bad {
 		s.printOutput(p)
@@ -312,7 +318,8 @@ func (s *summary) finish(slowest int) int {
 		s.printf("\ntestsum: no test ran; is the package list empty?\n")
 		status = 1
 	}
-	s.printf("\n%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
+	s.printf("\n%d packages in %s\n", s.npkgs, time.Since(s.start).Round(time.Second))
+	s.printf("%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
 	return status
 }
 
