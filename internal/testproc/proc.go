@@ -56,6 +56,9 @@ type Proc struct {
 	frozen atomic.Bool
 	once   sync.Once
 	endErr error // result of the one Close
+
+	endMu  sync.Mutex // one end at a time
+	reaped bool       // guarded by endMu: the group id may belong to a stranger now
 }
 
 type exitStatus struct {
@@ -330,17 +333,21 @@ func (p *Proc) Stop() error { return p.end(p.grace) }
 func (p *Proc) Close() error {
 	p.once.Do(func() {
 		p.endErr = p.end(p.grace)
+		reaperDel(p.pid)
+		p.endMu.Lock()
+		defer p.endMu.Unlock()
 		if p.ended() {
 			_ = p.cmd.Wait() // only reaps; how it ended is in p.status
+			p.reaped = true
 		}
-		reaperDel(p.pid)
 	})
 	return p.endErr
 }
 
-// end must not run after the zombie was reaped: Close is the only one that reaps, and calls it before.
 func (p *Proc) end(grace time.Duration) error {
-	if p.cmd.ProcessState != nil {
+	p.endMu.Lock()
+	defer p.endMu.Unlock()
+	if p.reaped {
 		return nil
 	}
 	if grace > 0 && !p.ended() {
