@@ -189,7 +189,7 @@ Start with "clusteradm demo up" (three nodes on this machine, no root) or
 	}
 	f.StringVar(&a.socket, "socket", def, "unix socket of clusterd (or $"+EnvSocket+")")
 	f.StringVar(&a.addr, "addr", "", "HOST:PORT of a clusterd's API instead of the socket; needs --certs")
-	f.StringVar(&a.certs, "certs", "", "directory with ca.crt, client.crt and client.key for --addr")
+	f.StringVar(&a.certs, "certs", "", "directory with ca.crt, node.crt and node.key for --addr")
 	f.StringVarP(&a.format, "output", "o", "table", "output: table, wide, json, yaml or name")
 	f.BoolVar(&a.noColor, "no-color", false, "no colour (also: NO_COLOR)")
 	f.DurationVar(&a.timeout, "timeout", defaultTimeout, "deadline of the command")
@@ -201,7 +201,7 @@ Start with "clusteradm demo up" (three nodes on this machine, no root) or
 	root.AddCommand(
 		a.statusCmd(), a.initCmd(), a.tokenCmd(), a.joinCmd(), a.leaveCmd(), a.nodeCmd(), a.quorumCmd(),
 		a.volumeCmd(), a.targetCmd(), a.lunCmd(), a.aclCmd(), a.sessionCmd(),
-		a.fenceCmd(), a.fenceManualCmd(), a.eventsCmd(),
+		a.fenceCmd(), a.fenceManualCmd(), a.eventsCmd(), a.demoCmd(),
 		a.versionCmd(), a.completionCmd(), a.docsCmd(), a.compatCmd(),
 	)
 	return root

@@ -33,6 +33,7 @@ type ack struct {
 	// script is the legacy face: the word comes from stdin whatever stdin is,
 	// as the original script took it.
 	script bool
+	prefix string // of errors: "fence_manual: "
 }
 
 func (a *app) fenceManualCmd() *cobra.Command {
@@ -55,7 +56,8 @@ It shows a warning and takes only the word "absolutely", on a terminal. A script
 must name the node twice: fence_manual NODE --yes-i-reset-it NODE. Who said it, and
 why (--reason), is kept for ever: clusteradm fence history.`
 	c.RunE = func(c *cobra.Command, args []string) error {
-		if err := k.setNode(what(c), args); err != nil {
+		k.prefix = what(c) + ": "
+		if err := k.setNode(args); err != nil {
 			return err
 		}
 		return a.runAck(c.Context(), k)
@@ -68,14 +70,14 @@ why (--reason), is kept for ever: clusteradm fence history.`
 	return c
 }
 
-func (k *ack) setNode(cmd string, args []string) error {
+func (k *ack) setNode(args []string) error {
 	switch {
 	case len(args) == 1 && k.node == "" && k.addr == "":
 		k.node = args[0]
 	case len(args) == 1:
-		return usagef("clusteradm fence list", "%s: the node is given twice", cmd)
+		return usagef("clusteradm fence list", "%sthe node is given twice", k.prefix)
 	case k.node == "" && k.addr == "":
-		return usagef("clusteradm fence list", "%s: missing NODE", cmd)
+		return usagef("clusteradm fence list", "%smissing NODE", k.prefix)
 	}
 	return nil
 }
@@ -121,7 +123,7 @@ func (a *app) openFence(ctx context.Context, k *ack) (api.Fence, error) {
 		}
 		nodes = nl.Items
 		if k.node = nodeByAddress(nodes, k.addr); k.node == "" {
-			return api.Fence{}, api.Errorf(api.CodeRefused, "clusteradm node list -o wide", "fence_manual: no node has the address %s", k.addr)
+			return api.Fence{}, api.Errorf(api.CodeRefused, "clusteradm node list -o wide", "%sno node has the address %s", k.prefix, k.addr)
 		}
 	}
 	for _, f := range l.Items {
@@ -129,16 +131,16 @@ func (a *app) openFence(ctx context.Context, k *ack) (api.Fence, error) {
 			return f, nil
 		}
 	}
-	return api.Fence{}, a.noFence(ctx, k.node, l.Items)
+	return api.Fence{}, a.noFence(ctx, k, l.Items)
 }
 
 // noFence says why there is nothing to acknowledge and what to run instead.
-func (a *app) noFence(ctx context.Context, node string, open []api.Fence) error {
+func (a *app) noFence(ctx context.Context, k *ack, open []api.Fence) error {
 	why, next := "", "clusteradm status"
 	if nl, err := get[api.List[api.Node]](ctx, a, api.PathNodes); err == nil {
 		why, next = "; there is no node of that name", "clusteradm node list"
 		for _, n := range nl.Items {
-			if n.Name == node {
+			if n.Name == k.node {
 				why, next = fmt.Sprintf("; the node is %s", n.State), "clusteradm fence history"
 			}
 		}
@@ -151,7 +153,7 @@ func (a *app) noFence(ctx context.Context, node string, open []api.Fence) error 
 		why += "; open fences: " + strings.Join(s, ", ")
 		next = "clusteradm fence list"
 	}
-	return api.Errorf(api.CodeRefused, next, "fence_manual: no open fence for %s%s: nothing waits for you", node, why)
+	return api.Errorf(api.CodeRefused, next, "%sno open fence for %s%s: nothing waits for you", k.prefix, k.node, why)
 }
 
 // askAck gets the operator's confirmation and returns what FenceAck.Confirm
@@ -160,13 +162,13 @@ func (a *app) askAck(ctx context.Context, k ack, f api.Fence) (string, error) {
 	if k.reset != "" {
 		if k.reset != k.node {
 			return "", api.Errorf(api.CodeRefused, fmt.Sprintf("clusteradm fence_manual %s --yes-i-reset-it %s", k.node, k.node),
-				"fence_manual: --yes-i-reset-it %s is not the node %s", k.reset, k.node)
+				"%s--yes-i-reset-it %s is not the node %s", k.prefix, k.reset, k.node)
 		}
 		return k.node, nil
 	}
 	if !k.script && !isTerminal(a.In) {
 		return "", api.Errorf(api.CodeRefused, fmt.Sprintf("clusteradm fence_manual %s --yes-i-reset-it %s", k.node, k.node),
-			"fence_manual: there is no terminal to ask on, so nobody says that %s was reset", k.node)
+			"%sthere is no terminal to ask on, so nobody says that %s was reset", k.prefix, k.node)
 	}
 	if !k.script {
 		fmt.Fprintf(a.Err, "node %s is out of the cluster since %s: %s\n\n", clean(f.Node), when(f.Since), clean(dash(f.Reason)))
@@ -264,7 +266,7 @@ func fenceAckFace(ctx context.Context, argv0 string, args []string, o IO) int {
 	f.StringVar(&a.socket, "socket", def, "unix socket of clusterd")
 	f.DurationVar(&a.timeout, "timeout", defaultTimeout, "deadline of each request")
 	c.RunE = func(c *cobra.Command, args []string) error {
-		if err := k.setNode(argv0, args); err != nil {
+		if err := k.setNode(args); err != nil {
 			return err
 		}
 		return a.runAck(c.Context(), k)

@@ -44,7 +44,7 @@ func printList[T any](a *app, l api.List[T], v view[T]) error {
 		return a.writeDoc(a.Out, l)
 	case "name":
 		for _, it := range l.Items {
-			fmt.Fprintln(a.Out, v.name(it))
+			fmt.Fprintln(a.Out, clean(v.name(it)))
 		}
 		return nil
 	}
@@ -84,7 +84,7 @@ func printOne[T any](a *app, it T, v view[T]) error {
 	case "json", "yaml":
 		return a.writeObject(a.Out, v.kind, it)
 	case "name":
-		fmt.Fprintln(a.Out, v.name(it))
+		fmt.Fprintln(a.Out, clean(v.name(it)))
 		return nil
 	}
 	var f fields

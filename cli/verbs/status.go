@@ -177,9 +177,9 @@ func (a *app) statusText(w io.Writer, st api.Status) {
 		t.head("SIZE", true, false)
 		t.head("PRIMARY", false, false)
 		t.head("COPIES", false, false)
-		t.head("", false, false)
+		t.head("NOTE", false, false)
 		for _, v := range st.Volumes {
-			t.row(v.Name, string(v.Health), size.Format(v.Size), dash(v.Primary), join(v.Replicas), v.Cause)
+			t.row(v.Name, string(v.Health), size.Format(v.Size), dash(v.Primary), join(v.Replicas), dash(v.Cause))
 		}
 		t.write(w, "  ")
 	}

@@ -2,27 +2,20 @@ package verbs
 
 import (
 	"crypto/tls"
-	"crypto/x509"
-	"os"
-	"path/filepath"
+	"time"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/membership/pki"
 )
 
-// loadTLS reads the credentials of a remote administrator from dir.
+// loadTLS reads the credentials of a remote administrator from dir: ca.crt,
+// node.crt and node.key, as clusterd keeps its own. The far end must be a node
+// of the same cluster; its address says nothing, because certificates name
+// nodes and not addresses.
 func loadTLS(dir string) (*tls.Config, error) {
-	crt, key, ca := filepath.Join(dir, "client.crt"), filepath.Join(dir, "client.key"), filepath.Join(dir, "ca.crt")
-	pair, err := tls.LoadX509KeyPair(crt, key)
+	f, err := pki.LoadFiles(dir)
 	if err != nil {
-		return nil, api.Errorf(api.CodeUsage, "ls -l "+dir, "read the client certificate %s and its key %s: %v", crt, key, err)
+		return nil, api.Errorf(api.CodeUsage, "ls -l "+dir, "--certs %s: %v", dir, err)
 	}
-	pem, err := os.ReadFile(ca)
-	if err != nil {
-		return nil, api.Errorf(api.CodeUsage, "ls -l "+dir, "read the cluster's CA: %v", err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, api.Errorf(api.CodeUsage, "", "read the cluster's CA %s: no certificate in it", ca)
-	}
-	return &tls.Config{Certificates: []tls.Certificate{pair}, RootCAs: pool, MinVersion: tls.VersionTLS13}, nil
+	return f.ClientTLS(time.Now, pki.Want{Role: pki.Node}), nil
 }
