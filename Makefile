@@ -14,7 +14,7 @@ TESTSUM := bin/tools/testsum
 # Assertions that cost too much in production are on in every test.
 TAGS    := invariants
 RACE    := -race -tags $(TAGS) -count=1
-LDFLAGS := -s -w
+LDFLAGS := -s -w -X github.com/blockhouse-san/blockhouse/internal/version.Version=$(VERSION)
 
 .PHONY: help
 help: ## list the targets
