@@ -1,0 +1,73 @@
+package lab
+
+import (
+	"fmt"
+	"strings"
+	"time"
+)
+
+// StartInitiator gives the guest the iSCSI name and starts open-iscsi's daemon with an empty record database and a log in
+// /run/iscsid.log.
+func (g *Guest) StartInitiator(name string) {
+	g.t.Helper()
+	g.MustRun(fmt.Sprintf(`modprobe -a iscsi_tcp sd_mod sg
+mkdir -p /run/lock/iscsi
+rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets /etc/iscsi/initiatorname.iscsi
+echo InitiatorName=%s >/etc/iscsi/initiatorname.iscsi
+iscsid -f >/run/iscsid.log 2>&1 &
+for i in $(seq 200); do
+	if grep -q ISCSIADM_ABSTRACT_NAMESPACE /proc/net/unix; then exit 0; fi
+	sleep 0.05
+done
+cat /run/iscsid.log; exit 1`, name))
+}
+
+// Discover runs a SendTargets discovery at the portal, an address with an optional port, and returns iscsiadm's lines,
+// "ADDRESS:PORT,GROUP NAME" each.
+func (g *Guest) Discover(portal string) []string {
+	g.t.Helper()
+	return strings.Split(strings.TrimSpace(g.MustRun("iscsiadm -m discovery -t sendtargets -p "+portal)), "\n")
+}
+
+// Login logs in to a discovered target at one portal and returns the block devices of the new session (/dev/sda, ...), as
+// many as disks says. Nothing but sysfs tells when they appear: there is no udev.
+func (g *Guest) Login(target, portal string, disks int) []string {
+	g.t.Helper()
+	out := g.MustRun(fmt.Sprintf(`iscsiadm -m node -T %[1]s -p %[2]s -l >&2
+for i in $(seq 300); do
+	for s in /sys/class/iscsi_session/session*; do
+		[ "$(cat $s/targetname)" = %[1]s ] || continue
+		c=$(echo $s/device/connection*/iscsi_connection/connection*)
+		[ "$(cat $c/persistent_address):$(cat $c/persistent_port)" = %[3]s ] || continue
+		devs=$(cd $s/device && ls -d target*/*/block/* 2>/dev/null | sed 's|.*/|/dev/|') || true
+		if [ "$(echo $devs | wc -w)" = %[4]d ]; then echo disks: $devs; exit 0; fi
+	done
+	sleep 0.05
+done
+echo "want %[4]d disks of the session, have: $devs"; exit 1`, target, portal, withPort(portal), disks))
+	_, devs, _ := strings.Cut(out, "disks: ")
+	return strings.Fields(devs)
+}
+
+func withPort(portal string) string {
+	if strings.Contains(portal, ":") {
+		return portal
+	}
+	return portal + ":3260"
+}
+
+// Logout ends the session and waits until its disks are gone.
+func (g *Guest) Logout(target, portal string) {
+	g.t.Helper()
+	g.MustRun(fmt.Sprintf("iscsiadm -m node -T %s -p %s -u", target, portal))
+}
+
+// Within waits until cond is true and fails the test after limit.
+func (l *Lab) Within(limit time.Duration, what string, cond func() bool) {
+	l.t.Helper()
+	for end := time.Now().Add(limit); !cond(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			l.t.Fatalf("not within %v: %s", limit, what)
+		}
+	}
+}
