@@ -129,7 +129,7 @@ func (c Config) Check() error {
 	case (c.SUnit == 0) != (c.SWidth == 0):
 		return refuse("say -o sunit=BYTES,swidth=BYTES", "Stripe unit and stripe width must be specified together")
 	case c.Format != 0 && c.Format != ondisk.Format1801 && c.Format != ondisk.Format1802:
-		return refuse("-o format takes 1801 or 1802", "Unsupported format version: %d", c.Format)
+		return refuse("-o format takes 1801 or 1802", "Invalid filesystem format: %d", c.Format)
 	}
 	return nil
 }
@@ -270,11 +270,11 @@ func Plan(c Config, size int64, t Topology) (*Layout, error) {
 		return nil, err
 	}
 	perJournal := l.DevBlocks / uint64(c.Journals)
+	mb, ok := defaultJournalMB(perJournal, c.BlockSize)
+	if !ok {
+		return nil, ErrNoFit
+	}
 	if c.JournalMB == 0 {
-		mb, ok := defaultJournalMB(perJournal, c.BlockSize)
-		if !ok {
-			return nil, ErrNoFit
-		}
 		c.JournalMB = mb
 	} else if maxMB := perJournal / 2 * bs >> 20; uint64(c.JournalMB) > maxMB {
 		return nil, fmt.Errorf("%w\nMaximum size for %d journals on this device is %dMB.", ErrNoFit, c.Journals, maxMB)
