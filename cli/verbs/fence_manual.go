@@ -12,14 +12,13 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/fence/manual"
 )
 
-// The texts of fence_ack_manual, which operators and scripts know
-// (facts/cluster.md §1.1, facts/interfaces.md §3.4).
+// The texts of fence_ack_manual, which operators and scripts know: three lines,
+// of which the last is empty, then manual.Prompt (facts/interfaces.md §3.4).
 const (
-	ackWarning = "About to override fencing for %s.\nImproper use of this command can cause severe file system damage.\n"
-	ackPrompt  = "Continue [NO/absolutely]? "
-	ackWord    = "absolutely"
+	ackWarning = "About to override fencing for %s.\nImproper use of this command can cause severe file system damage.\n\n"
 	ackAborted = "Aborted."
 	ackDone    = "Done"
 )
@@ -177,22 +176,24 @@ func (a *app) askAck(ctx context.Context, k ack, f api.Fence) (string, error) {
 	if a.format == "json" || a.format == "yaml" {
 		out = a.Err // the document stands alone on stdout
 	}
-	fmt.Fprintf(out, ackWarning+"\n", k.node)
-	fmt.Fprint(out, ackPrompt)
+	fmt.Fprintf(out, ackWarning, k.node)
+	// As the shell's read -p: the prompt is for a person, and stands on stderr.
+	tty := isTerminal(a.In)
+	if tty {
+		fmt.Fprint(a.Err, manual.Prompt)
+	}
 	word, err := readLine(ctx, a.In)
-	if err != nil && word == "" {
-		fmt.Fprintln(out)
+	if tty && err != nil && word == "" {
+		fmt.Fprintln(a.Err)
 	}
 	if ctx.Err() != nil {
 		return "", ctx.Err()
 	}
-	// Only the word: what the shell's read would strip is stripped, and
-	// nothing else is forgiven.
-	if strings.Trim(word, " \t\r") != ackWord {
+	if !manual.Accepted(word) {
 		fmt.Fprintln(out, ackAborted)
 		return "", exitStatus(1)
 	}
-	return ackWord, nil
+	return manual.Word, nil
 }
 
 // nodeByAddress finds the node that listens on the given address.
@@ -271,5 +272,9 @@ func fenceAckFace(ctx context.Context, argv0 string, args []string, o IO) int {
 		}
 		return a.runAck(c.Context(), k)
 	}
-	return a.finish(ctx, c.ExecuteContext(ctx), args)
+	st := a.finish(ctx, c.ExecuteContext(ctx), args)
+	if st == api.CodeUsage.Exit() {
+		return 1 // as the script
+	}
+	return st
 }

@@ -35,7 +35,10 @@ func targetView() view[api.Target] {
 }
 
 func (a *app) targetCmd() *cobra.Command {
-	var req api.TargetCreate
+	var (
+		req   api.TargetCreate
+		force bool
+	)
 	create := a.verb("create NAME", "make an iSCSI target", func(ctx context.Context, args []string) error {
 		req.Name = args[0]
 		if req.TID < 0 {
@@ -72,12 +75,17 @@ Nobody may log in until "clusteradm acl add" or "clusteradm acl open".`
 		if err := a.confirm(ctx, "delete target "+args[0]+" and end its sessions"); err != nil {
 			return err
 		}
-		d, err := a.delete(ctx, api.PathTargets+"/"+url.PathEscape(args[0]))
+		path := api.PathTargets + "/" + url.PathEscape(args[0])
+		if force {
+			path += "?force=1"
+		}
+		d, err := a.delete(ctx, path)
 		if err != nil {
 			return err
 		}
 		return a.printDone(d, "target "+args[0]+" is deleted")
 	})
+	del.Flags().BoolVar(&force, "force", false, "although it has LUNs: they go with it, their volumes stay")
 	show.ValidArgsFunction = a.targets()
 	del.ValidArgsFunction = a.targets()
 	return a.group(&cobra.Command{Use: "target", Short: "iSCSI targets", Aliases: []string{"tgt"}}, create, alias(list, "ls"), show, alias(del, "rm"))

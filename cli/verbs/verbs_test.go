@@ -172,6 +172,7 @@ func TestChanges(t *testing.T) {
 		{"volume delete v1 --yes", "DELETE /v1/volumes/v1", nil},
 		{"target create disks --alias A --tid 3", "POST /v1/targets", map[string]any{"name": "disks", "alias": "A", "tid": 3.0, "if_not_exists": false}},
 		{"target delete " + iqnPath + " --yes", "DELETE /v1/targets/" + iqnPath, nil},
+		{"target delete " + iqnPath + " --yes --force", "DELETE /v1/targets/" + iqnPath + "?force=1", nil},
 		{"lun create v1 --target " + iqnPath + " --size 64MiB --node n3 --block-size 4096", "POST /v1/luns", lun},
 		{"lun delete " + iqnPath + "/1 --yes", "DELETE /v1/luns/" + iqnPath + "/1", nil},
 		{"acl add " + iqnPath + " IQN.1993-08.org.debian:01:abc 192.0.2.7 10.1.2.3/8 2001:db8::1", "POST /v1/acls", acl(nil, who, empty)},
