@@ -14,6 +14,7 @@ import (
 	"slices"
 	"syscall"
 
+	"github.com/blockhouse-san/blockhouse/cli/gfs"
 	"github.com/blockhouse-san/blockhouse/cli/verbs"
 )
 
@@ -35,9 +36,17 @@ func signals() (context.Context, context.CancelFunc) {
 }
 
 // faces are the names that a link to one of our binaries may have.
-var faces = []verbs.Face{
-	{Name: "fence_ack_manual", Of: "clusteradm", Short: "cman's: tell the cluster that you have reset a lost node", Main: fenceAck},
-	{Name: "fence_manual", Of: "clusteradm", Short: "the same, by the name of the agent", Main: fenceAck},
+var faces = allFaces()
+
+func allFaces() []verbs.Face {
+	l := []verbs.Face{
+		{Name: "fence_ack_manual", Of: "clusteradm", Short: "cman's: tell the cluster that you have reset a lost node", Main: fenceAck},
+		{Name: "fence_manual", Of: "clusteradm", Short: "the same, by the name of the agent", Main: fenceAck},
+	}
+	for _, f := range gfs.Faces() {
+		l = append(l, verbs.Face{Name: f.Name, Of: f.Of, Short: f.Short, Main: gfs.Main})
+	}
+	return l
 }
 
 func fenceAck(argv0 string, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
