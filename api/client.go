@@ -21,6 +21,15 @@ type Client struct {
 	base string
 	http *http.Client
 	name string // of the far end, for messages
+	head http.Header
+}
+
+// SetHeader adds a header to every request. Call it before the first one.
+func (c *Client) SetHeader(key, value string) {
+	if c.head == nil {
+		c.head = http.Header{}
+	}
+	c.head.Set(key, value)
 }
 
 // Dial makes a client for the daemon on this host (unix socket). It does not
@@ -59,6 +68,9 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any) error
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
 	if err != nil {
 		return Errorf(CodeUsage, "", "%s %s: %v", method, path, err)
+	}
+	for k, v := range c.head {
+		req.Header[k] = v
 	}
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")

@@ -21,6 +21,8 @@ type identity struct {
 	Incarnation uint64 `json:"incarnation"` // as last admitted
 	GossipKey   []byte `json:"gossip_key"`  // 32 bytes, shared by the cluster
 	Peers       []peer `json:"peers"`       // whom to ask when the FSM is old
+	// Founding: the cluster was made here and its first record may not be written yet.
+	Founding bool `json:"founding,omitempty"`
 }
 
 // peer is a member's address for asking.
@@ -60,20 +62,31 @@ func (id *identity) save(dataDir string) error {
 // file, so that of two controls the later one has the higher number, and it is
 // taken before Raft opens (SAFETY §2, two controls).
 func nextIncarnation(dataDir string) (uint64, error) {
-	path := filepath.Join(dataDir, "control.incarnation")
-	var n uint64
-	b, err := os.ReadFile(path)
-	switch {
-	case err == nil:
-		if n, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err != nil {
-			return 0, fmt.Errorf("number this control: %s holds %q", path, b)
-		}
-	case !errors.Is(err, os.ErrNotExist):
-		return 0, fmt.Errorf("number this control: %w", err)
+	n, err := peekIncarnation(dataDir)
+	if err != nil {
+		return 0, err
 	}
 	n++
+	path := filepath.Join(dataDir, "control.incarnation")
 	if err := durable.WriteFile(path, []byte(strconv.FormatUint(n, 10)+"\n"), 0o600); err != nil {
 		return 0, fmt.Errorf("number this control: %w", err)
+	}
+	return n, nil
+}
+
+// peekIncarnation is the number of the last control; 0 before the first.
+func peekIncarnation(dataDir string) (uint64, error) {
+	path := filepath.Join(dataDir, "control.incarnation")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("number this control: %w", err)
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("number this control: %s holds %q", path, b)
 	}
 	return n, nil
 }

@@ -145,5 +145,5 @@ func disks(root string, _ map[string]bool) ([]string, error) {
 }
 
 // naaPrefix begins the WWID of every LUN of ours in a map's uuid: designator
-// type 3, NAA 6 with our locally administered company id (fsm/storage).
-const naaPrefix = "mpath-36024248"
+// type 3, NAA 6 with our locally administered company id (scsi.NAA6).
+const naaPrefix = "mpath-3602424b"

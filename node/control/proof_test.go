@@ -45,8 +45,8 @@ func TestProofFindsWhatIsLeft(t *testing.T) {
 		{"our disk", "disk /dev/sda", map[string]string{"sys/block/sda/device/vendor": "BLKHOUSE\n"}},
 		{"another disk", "", map[string]string{"sys/block/sda/device/vendor": "ATA     \n"}},
 		{"map on our disk", "map /dev/dm-0", map[string]string{"sys/block/sda/device/vendor": "BLKHOUSE\n",
-			"sys/block/dm-0/slaves/sda": "", "sys/block/dm-0/dm/uuid": "mpath-36024248aa\n"}},
-		{"map that queues", "without paths", map[string]string{"sys/block/dm-0/slaves/": "", "sys/block/dm-0/dm/uuid": "mpath-36024248aabb\n"}},
+			"sys/block/dm-0/slaves/sda": "", "sys/block/dm-0/dm/uuid": "mpath-3602424baa\n"}},
+		{"map that queues", "without paths", map[string]string{"sys/block/dm-0/slaves/": "", "sys/block/dm-0/dm/uuid": "mpath-3602424baabb\n"}},
 		{"lvm map", "", map[string]string{"sys/block/dm-0/slaves/vda": "", "sys/block/dm-0/dm/uuid": "LVM-xyz\n"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/block/replica"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
+	"github.com/blockhouse-san/blockhouse/scsi"
 )
 
 // Kind numbers of machine 3. Append only.
@@ -190,23 +191,18 @@ func (*Machine) Kinds() []fsm.Kind {
 	}
 }
 
-// oui is our company id in NAA identifiers: bit 1 of the first octet marks it
-// as locally administered (IEEE 802-2014 §8.2.2).
-const oui = "024248" // 02:42:48
-
 // NewIdentity makes the identity of a volume from random bytes. The proposer
 // calls it; a clash is found when the command is applied.
 func NewIdentity(id uuid.UUID, rand io.Reader) (Identity, error) {
-	var b [17]byte
+	var b [4]byte
 	if _, err := io.ReadFull(rand, b[:]); err != nil {
 		return Identity{}, fmt.Errorf("make volume identity: %w", err)
 	}
-	x := hex.EncodeToString(b[:])
+	naa := scsi.NAA6(id)
 	return Identity{
-		Product: x[:8],
-		// NAA 6h, 24 bits OUI, 36 and 64 bits vendor specific (SPC-5 7.7.6.6.5).
-		NAA:    "6" + oui + x[8:33],
-		Serial: strings.ReplaceAll(id.String(), "-", ""),
+		Product: hex.EncodeToString(b[:]),
+		NAA:     hex.EncodeToString(naa[:]),
+		Serial:  strings.ReplaceAll(id.String(), "-", ""),
 	}, nil
 }
 
