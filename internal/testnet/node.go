@@ -207,7 +207,7 @@ func (nd *Node) request(ctx context.Context, rq request) (*os.File, error) {
 	}
 	text, f, err := recv(int(ours.Fd()))
 	switch {
-	case err == unix.EAGAIN:
+	case errors.Is(err, unix.EAGAIN):
 		return fail(os.ErrDeadlineExceeded)
 	case err != nil:
 		return fail(err)

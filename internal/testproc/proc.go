@@ -234,7 +234,7 @@ func (p *Proc) WaitFor(re string, timeout time.Duration) ([]string, error) {
 		}
 		switch {
 		case dead:
-			return nil, fmt.Errorf("%s ended (%v) without a line matching %q; output: %s", p.name, p.status.error(), re, p.log)
+			return nil, fmt.Errorf("%s ended with code %d without a line matching %q; output: %s", p.name, p.ExitCode(), re, p.log)
 		case time.Now().After(deadline):
 			return nil, fmt.Errorf("%s wrote no line matching %q within %v; output: %s", p.name, re, timeout, p.log)
 		}

@@ -22,7 +22,8 @@ mnt -t sysfs sys sys
 mnt -t devtmpfs dev dev
 mkdir -p dev/pts dev/shm dev/misc
 mnt -t devpts devpts dev/pts
-for d in dev/shm run tmp; do mnt -t tmpfs tmpfs $d; done
+# root too: an ordinary user cannot look into the host's.
+for d in dev/shm run tmp root; do mnt -t tmpfs tmpfs $d; done
 chmod 1777 tmp dev/shm
 mkdir -p lib/modules lab run/lock/iscsi
 mnt -t hostfs -o /usr/lib/uml/modules none lib/modules

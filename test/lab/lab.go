@@ -63,7 +63,11 @@ func New(t testing.TB, opts ...testnet.Option) *Lab {
 	testproc.Need(t, "busybox", "bash", "go")
 	l := &Lab{t: t, Share: t.TempDir(), Artefacts: testproc.ArtefactDir(t)}
 	var err error
-	if l.umls, err = os.MkdirTemp("", "uml"); err != nil {
+	tmp := os.TempDir()
+	if len(tmp) > 40 {
+		tmp = "/tmp" // a socket's path has 107 bytes
+	}
+	if l.umls, err = os.MkdirTemp(tmp, "uml"); err != nil {
 		t.Fatalf("lab: %v", err)
 	}
 	t.Cleanup(func() { os.RemoveAll(l.umls) })

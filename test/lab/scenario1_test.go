@@ -25,12 +25,12 @@ func startTarget(t *testing.T, l *Lab, br *testnet.Bridge, kind, name, image str
 	switch kind {
 	case "tgtd":
 		testproc.Need(t, "tgtd", "tgtadm")
-		control := 10000 + os.Getpid()%20000 // tgtd's control socket lies in /var/run under this number
-		l.Start(testproc.Spec{Name: "tgtd", Args: []string{
-			"tgtd", "-f", "-C", fmt.Sprint(control), "--iscsi", "portal=" + br.IP() + ":3260",
+		ipc := "TGT_IPC_SOCKET=" + filepath.Join(l.umls, "tgtd") // else both want /var/run/tgtd, which root owns
+		l.Start(testproc.Spec{Name: "tgtd", Env: []string{ipc}, Grace: time.Millisecond, Args: []string{
+			"tgtd", "-f", "--iscsi", "portal=" + br.IP() + ":3260",
 		}})
 		adm := func(args ...string) (string, error) {
-			return l.Net.Hub().Run(append([]string{"tgtadm", "-C", fmt.Sprint(control), "--lld", "iscsi"}, args...)...)
+			return l.Net.Hub().Run(append([]string{"env", ipc, mustFind(t, "tgtadm"), "--lld", "iscsi"}, args...)...)
 		}
 		l.Within(20*time.Second, "tgtd answers", func() bool { _, err := adm("--op", "show", "--mode", "target"); return err == nil })
 		for _, s := range []string{
