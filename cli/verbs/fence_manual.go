@@ -13,6 +13,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/fence/manual"
+	"github.com/blockhouse-san/blockhouse/internal/version"
 )
 
 // The texts of fence_ack_manual, which operators and scripts know: three lines,
@@ -246,7 +247,7 @@ func fenceAckFace(ctx context.Context, argv0 string, args []string, o IO) int {
 	c.SilenceErrors, c.SilenceUsage = true, true
 	c.Use = argv0 + " [-O] [-n NODE | -s IP | NODE]"
 	c.Args = argsOf("x [NODE]")
-	c.Version = version()
+	c.Version = version.String()
 	c.SetIn(a.In)
 	c.SetOut(a.Out)
 	c.SetErr(a.Err)

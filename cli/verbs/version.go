@@ -4,36 +4,13 @@ import (
 	"context"
 	"fmt"
 	"runtime"
-	"runtime/debug"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/internal/version"
 )
-
-// Version is set by the linker (-X); without it the module's or the revision's
-// is shown.
-var Version string
-
-func version() string {
-	if Version != "" {
-		return Version
-	}
-	bi, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	if v := bi.Main.Version; v != "" && v != "(devel)" {
-		return v
-	}
-	for _, s := range bi.Settings {
-		if s.Key == "vcs.revision" {
-			return "devel-" + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	return "devel"
-}
 
 // versions is the document of version.
 type versions struct {
@@ -46,7 +23,7 @@ type versions struct {
 func (a *app) versionCmd() *cobra.Command {
 	var client bool
 	c := a.verb("version", "print the versions of clusteradm and of the clusterd it talks to", func(ctx context.Context, _ []string) error {
-		v := versions{Client: version(), Go: runtime.Version()}
+		v := versions{Client: version.String(), Go: runtime.Version()}
 		why := ""
 		if !client {
 			ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
