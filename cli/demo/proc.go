@@ -153,7 +153,7 @@ func (p proc) kill() error {
 		return nil
 	}
 	if err == nil {
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 	}
 	if !p.alive() {
 		return nil

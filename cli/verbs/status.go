@@ -146,11 +146,12 @@ func (a *app) statusText(w io.Writer, st api.Status) {
 	}
 	line("cluster", clean(dash(st.Cluster)))
 	line("state", c.paint(toneOf(string(st.Health)), string(st.Health)))
-	if st.Health == api.HealthUninit {
+	switch {
+	case st.Health != api.HealthUninit:
+		line("quorum", a.quorumLine(st))
+	case len(st.Problems) == 0:
 		line("status", "this host is not a member of a cluster")
 		line("action", "found one:  clusteradm init NAME\nor join:    clusteradm join TOKEN@HOST:PORT   (a member prints it: clusteradm token create)")
-	} else {
-		line("quorum", a.quorumLine(st))
 	}
 	if st.Stale {
 		line("note", fmt.Sprintf("no quorum: this is node %s's own copy, as of index %d", clean(st.Node), st.Index))

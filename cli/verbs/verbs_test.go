@@ -3,8 +3,6 @@ package verbs
 import (
 	"context"
 	"encoding/json"
-	"io"
-	"log"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
 	"gopkg.in/yaml.v3"
 
 	"github.com/blockhouse-san/blockhouse/api"
@@ -342,7 +341,7 @@ func TestErrors(t *testing.T) {
 
 func TestNotJSON(t *testing.T) {
 	t.Parallel()
-	f := newFake(t, map[string]any{"GET /v1/volumes": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "boom", 502) })})
+	f := newFake(t, map[string]any{"GET /v1/volumes": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "boom", http.StatusBadGateway) })})
 	if got := f.run(t, "", "volume", "list"); got.code != 1 || !strings.Contains(got.err, "502 Bad Gateway: boom") {
 		t.Errorf("%+v", got)
 	}
@@ -598,7 +597,7 @@ func TestRemote(t *testing.T) {
 		f := &fake{answers: sample()}
 		s := httptest.NewUnstartedServer(f)
 		s.TLS = files.StrictServerTLS(time.Now, pki.Want{}, false, nil)
-		s.Config.ErrorLog = log.New(io.Discard, "", 0)
+		s.Config.ErrorLog = zap.NewStdLog(zap.NewNop()) // refused handshakes are the point
 		s.StartTLS()
 		t.Cleanup(s.Close)
 		return s.Listener.Addr().String()
