@@ -364,8 +364,9 @@ func (m *member) storageRequest(r *http.Request) (any, error) {
 
 // volumeAt names a volume at an epoch.
 type volumeAt struct {
-	UUID  string `json:"uuid"`
-	Epoch uint64 `json:"epoch"`
+	UUID    string `json:"uuid"`
+	Epoch   uint64 `json:"epoch"`
+	Request string `json:"request,omitempty"` // of a raise: whose it is (SAFETY r3/r8)
 }
 
 func (m *member) applyStorageRequest(ctx context.Context, from string, q link.Request) (uint64, error) {
@@ -384,6 +385,15 @@ func (m *member) applyStorageRequest(ctx context.Context, from string, q link.Re
 	switch q.Kind {
 	case "volume.ready":
 		res, err = m.apply(ctx, storage.VolumeReady{UUID: at.UUID, Epoch: at.Epoch})
+	case "volume.raise":
+		// Another process than the one that acted under Epoch is the primary's
+		// worker now: same members, next epoch (SAFETY r6).
+		if !ok {
+			return 0, api.Errorf(api.CodeNotFound, "", "no volume %s", at.UUID)
+		}
+		cfg := v.Config
+		cfg.Epoch = at.Epoch + 1
+		res, err = m.apply(ctx, storage.VolumeCAS{Request: at.Request, Epoch: at.Epoch, Config: cfg})
 	case "volume.removed":
 		res, err = m.apply(ctx, storage.VolumeRemoved{UUID: at.UUID, Epoch: at.Epoch})
 	default:

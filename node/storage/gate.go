@@ -125,7 +125,7 @@ func (g *NodeGate) check(in target.Incarnation, op target.Op, alone bool) error 
 	// Orphaned: what is under way goes on, nothing new begins.
 	switch op {
 	case target.OpLogin, target.OpReserve, target.OpConfig:
-		return target.ErrNotReady
+		return target.ErrUnsure
 	case target.OpInquire:
 		return nil
 	}

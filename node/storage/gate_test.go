@@ -31,8 +31,8 @@ func TestNodeGateThroughALease(t *testing.T) {
 	first := g.Incarnation()
 	check(time.Second, "serving", nil, nil)
 	check(2*time.Second-1, "serving", nil, nil)
-	check(2*time.Second, "orphaned", nil, target.ErrNotReady)
-	check(12*time.Second-1, "orphaned", nil, target.ErrNotReady)
+	check(2*time.Second, "orphaned", nil, target.ErrUnsure)
+	check(12*time.Second-1, "orphaned", nil, target.ErrUnsure)
 	// Renewed within the orphan time: sessions go on.
 	g.Extend(env.Boot(13*time.Second), 1)
 	if g.Incarnation() != first {

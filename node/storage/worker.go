@@ -1,0 +1,242 @@
+// Package storage is the storage worker of a node: the iSCSI target and the
+// local copies of volumes. It obeys what control hands it (package link): it
+// compares the desired state with what is and acts on the difference, so that a
+// lost, repeated or late message changes nothing. Its right to serve is the node
+// lease (NodeGate) and its role for each volume (VolumeGate).
+//
+// Only cmd/clusterd imports it.
+package storage
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/block/file"
+	"github.com/blockhouse-san/blockhouse/config"
+	"github.com/blockhouse-san/blockhouse/internal/env"
+	"github.com/blockhouse-san/blockhouse/internal/sched"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
+	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
+	"github.com/blockhouse-san/blockhouse/node/link"
+	"github.com/blockhouse-san/blockhouse/target"
+)
+
+// Run is the worker process. It returns when ctx ends or control says so, after
+// every command in flight has ended and every store is closed.
+func Run(ctx context.Context, cfg config.Config, log *zap.Logger) error {
+	if err := sched.Normal(); err != nil {
+		log.Warn("cannot return to normal priority", zap.Error(err))
+	}
+	if err := os.MkdirAll(cfg.VolumeDir(), 0o700); err != nil {
+		return fmt.Errorf("storage worker: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	clock := env.Real{}
+	w := &worker{cfg: cfg, log: log.Named("storage"), clock: clock, stop: cancel, gate: NewNodeGate(clock, cfg.Times().TOrphan),
+		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1)}
+	var err error
+	w.srv, err = target.New(target.Options{Logger: log.Named("target"), NopInterval: cfg.ISCSI.NopInterval.D(), NopTimeout: cfg.ISCSI.NopTimeout.D(),
+		StallLimit: stallLimit})
+	if err != nil {
+		return err
+	}
+	return link.Run(ctx, cfg.RunDir, link.Storage, w, w.work, log)
+}
+
+// stallLimit: a worker that did not run for longer resets every connection
+// before it reads on (SAFETY §2).
+const stallLimit = time.Second
+
+// retryPortal is how often a portal that could not be opened is tried again.
+const retryPortal = time.Second
+
+// desired is a state as control sent it, decoded.
+type desired struct {
+	stamp   link.Stamp
+	node    string
+	index   int
+	inc     uint64
+	members members.State
+	storage fsmstorage.State
+}
+
+// volume is a local copy.
+type volume struct {
+	uuid string
+	dev  *file.File // nil: not open
+	gate *VolumeGate
+	err  error // why it cannot be served
+	// acted is the epoch that this process may act under: it made the store, or
+	// its own compare-and-set raised the epoch (SAFETY r6: a worker never acts
+	// under an epoch that another process acted under).
+	acted uint64
+	// cas is the request id of our raise of the epoch, once asked for.
+	cas     string
+	asking  string // kind and epoch of the request under way
+	serving bool
+}
+
+type worker struct {
+	cfg   config.Config
+	log   *zap.Logger
+	clock env.Clock
+	gate  *NodeGate
+	stop  context.CancelFunc
+	kick  chan struct{}
+	link  *link.Server
+	srv   *target.Server
+	wg    sync.WaitGroup // requests to control
+
+	mu struct {
+		sync.Mutex
+		want     *desired
+		waiting  bool // a lease came whose minimum we have not reached
+		reset    bool // the node's incarnation changed: every session goes
+		vols     []volumeReport
+		err      string   // of the target's configuration
+		stateErr string   // of control's state
+		again    []string // requests that were refused: volume uuids
+	}
+
+	// Of the work goroutine alone.
+	vols    map[string]*volume // by uuid
+	erased  map[string]bool    // removed volumes whose store is gone
+	applied string             // the configuration last given to the server
+	failed  bool               // it could not be applied
+	lastErr error
+	retryAt env.Boot
+}
+
+// volumeReport is what control is told of a local copy.
+type volumeReport struct {
+	UUID  string `json:"uuid"`
+	State string `json:"state"` // serving, standby, missing, error, opening
+	Error string `json:"error,omitempty"`
+}
+
+// detail is link.Report.Detail of this worker.
+type detail struct {
+	Volumes  []volumeReport `json:"volumes"`
+	Sessions []api.Session  `json:"sessions"`
+	Portals  []string       `json:"portals"`
+	Error    string         `json:"error,omitempty"`
+}
+
+func (w *worker) OnState(s link.State) {
+	d := &desired{stamp: s.Stamp, node: s.Node, index: s.Index, inc: s.Incarnation}
+	if err := errors.Join(json.Unmarshal(s.Members, &d.members), json.Unmarshal(s.Storage, &d.storage)); err != nil {
+		// Control is of another version; what we serve now stays as it is.
+		w.log.Error("cannot read the state from control", zap.Error(err))
+		w.mu.Lock()
+		w.mu.stateErr = err.Error()
+		w.mu.Unlock()
+		return
+	}
+	w.mu.Lock()
+	w.mu.want, w.mu.stateErr = d, ""
+	w.mu.Unlock()
+	if s.Incarnation == 0 {
+		w.gate.Shut() // evicted, or no member: nothing of ours may be served
+	}
+	w.poke()
+}
+
+func (w *worker) OnLease(l link.Lease, ready bool) {
+	w.mu.Lock()
+	want := w.mu.want
+	w.mu.waiting = !ready
+	w.mu.Unlock()
+	if !ready || want == nil || want.inc == 0 {
+		return
+	}
+	if w.gate.Extend(l.End, want.inc) {
+		w.mu.Lock()
+		w.mu.reset = true
+		w.mu.Unlock()
+	}
+	w.poke()
+}
+
+func (w *worker) OnShutdown() { w.stop() }
+
+func (w *worker) Report(r *link.Report) {
+	w.mu.Lock()
+	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: w.cfg.Listen.ISCSI, Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
+	waiting, node := w.mu.waiting, ""
+	if w.mu.want != nil {
+		node = w.mu.want.node
+	}
+	w.mu.Unlock()
+	r.Gate, r.LeaseEnd, r.GateOpens = w.gate.State(), w.gate.LeaseEnd(), uint64(w.gate.Incarnation())
+	if r.Gate == "shut" && waiting {
+		r.Gate = "waiting"
+	}
+	for _, s := range w.srv.Sessions() {
+		d.Sessions = append(d.Sessions, sessionOf(node, s))
+	}
+	if b, err := json.Marshal(d); err == nil {
+		r.Detail = b
+	}
+}
+
+func (w *worker) poke() {
+	select {
+	case w.kick <- struct{}{}:
+	default:
+	}
+}
+
+// work is the worker's loop.
+func (w *worker) work(ctx context.Context, l *link.Server) error {
+	w.link = l
+	defer func() {
+		for _, v := range w.vols {
+			w.close(v)
+		}
+	}()
+	defer w.wg.Wait()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	var last string
+	for {
+		select {
+		case <-ctx.Done():
+			w.gate.Shut()
+			return w.srv.Close()
+		case <-tick.C:
+		case <-w.kick:
+		}
+		w.mu.Lock()
+		reset := w.mu.reset
+		w.mu.reset = false
+		want := w.mu.want
+		w.mu.Unlock()
+		if w.gate.Tick() {
+			w.log.Warn("the node lease and the orphan time are over: no session goes on")
+			reset = true
+		}
+		if reset {
+			w.srv.ResetSessions(func(target.SessionInfo) bool { return true })
+		}
+		state := w.gate.State()
+		if want != nil {
+			w.reconcile(ctx, want, state)
+		}
+		if state != last {
+			w.log.Info("gate", zap.String("state", state))
+			last = state
+			l.Changed()
+		}
+	}
+}
