@@ -21,9 +21,7 @@ func TestMain(m *testing.M) {
 
 func TestScripts(t *testing.T) {
 	t.Parallel()
-	testscript.Run(t, testscript.Params{Dir: "testdata", RequireExplicitExec: true, Condition: func(c string) (bool, error) {
-		return true, nil
-	}, Setup: func(e *testscript.Env) error {
+	testscript.Run(t, testscript.Params{Dir: "testdata", RequireExplicitExec: true, Setup: func(e *testscript.Env) error {
 		need(t, "fsck.gfs2", "mkfs.gfs2")
 		return nil
 	}})

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strconv"
 
+	"github.com/blockhouse-san/blockhouse/gfs/fs"
 	"github.com/blockhouse-san/blockhouse/gfs/ondisk"
 )
 
@@ -25,21 +26,36 @@ type image struct {
 	qc      []run
 	formal  uint64 // last formal inode number given out
 
-	master, root *inode
+	master, root *fs.Inode
 	nDinodes     uint64
 }
 
 // run is a range of blocks.
 type run struct{ start, n uint64 }
 
-// inode is a dinode in memory; b is its block.
-type inode struct {
-	im *image
-	ondisk.Dinode
-	b []byte
+// image is a fs.Store.
+
+func (im *image) Geometry() ondisk.Geometry { return im.l.Geom }
+
+func (im *image) Block(addr uint64) ([]byte, error) {
+	b := im.blocks[addr]
+	if b == nil {
+		return nil, fmt.Errorf("block %d is not in memory", addr)
+	}
+	return b, nil
 }
 
-func (im *image) alloc(dinode bool) (uint64, error) {
+func (im *image) Dirty(addr uint64) ([]byte, error) { return im.Block(addr) }
+
+func (im *image) NewBlock(addr uint64) ([]byte, error) {
+	b := make([]byte, im.l.Geom.BlockSize)
+	im.blocks[addr] = b
+	return b, nil
+}
+
+func (im *image) Free(uint64) error { return fs.ErrReadOnly }
+
+func (im *image) Alloc(dinode bool) (uint64, error) {
 	for ; im.cursor < len(im.l.RGs); im.cursor++ {
 		rg := &im.l.RGs[im.cursor]
 		n := im.used[im.cursor]
@@ -54,12 +70,6 @@ func (im *image) alloc(dinode bool) (uint64, error) {
 		return rg.Data0 + n, nil
 	}
 	return 0, ErrNoFit
-}
-
-func (im *image) block(addr uint64) []byte {
-	b := make([]byte, im.l.Geom.BlockSize)
-	im.blocks[addr] = b
-	return b
 }
 
 // build makes all of the filesystem in memory but for the superblock.
@@ -101,47 +111,15 @@ func build(l *Layout) (*image, error) {
 	return im, nil
 }
 
-// newInode takes a block and a formal number. The dinode is written to its
-// block by put; callers change it until then.
-func (im *image) newInode(mode, flags uint32, parent ondisk.Inum) (*inode, error) {
-	addr, err := im.alloc(true)
+// newInode takes a block and a formal number.
+func (im *image) newInode(mode, flags uint32, parent ondisk.Inum) (*fs.Inode, error) {
+	addr, err := im.Alloc(true)
 	if err != nil {
 		return nil, err
 	}
 	im.formal++
-	return im.initInode(addr, mode, flags, parent)
+	return fs.NewInode(im, ondisk.Inum{Formal: im.formal, Addr: addr}, mode, flags, parent, im.l.Now)
 }
-
-func (im *image) initInode(addr uint64, mode, flags uint32, parent ondisk.Inum) (*inode, error) {
-	now := uint64(im.l.Now)
-	ip := &inode{im: im, b: im.block(addr), Dinode: ondisk.Dinode{
-		MetaHeader: ondisk.Meta(ondisk.TypeDI),
-		Num:        ondisk.Inum{Formal: im.formal, Addr: addr},
-		Mode:       mode, Nlink: 1, Blocks: 1,
-		Atime: now, Mtime: now, Ctime: now,
-		GoalMeta: addr, GoalData: addr, Flags: flags,
-	}}
-	if mode&ondisk.ModeMask == ondisk.ModeDir {
-		ip.Nlink, ip.Entries = 2, 2
-		ip.Size = uint64(im.l.Geom.StuffedMax())
-		ip.Flags |= ondisk.DIJdata
-		ip.PayloadFormat = uint32(ondisk.FormatDE)
-		if parent.Addr == 0 {
-			parent = ip.Num
-		}
-		if err := ip.put(); err != nil {
-			return nil, err
-		}
-		if err := ondisk.InitDir(ip.b, ip.Num, parent); err != nil {
-			return nil, err
-		}
-	}
-	return ip, ip.put()
-}
-
-func (ip *inode) put() error { return ip.Encode(ip.b) }
-
-func (ip *inode) isDir() bool { return ip.Mode&ondisk.ModeMask == ondisk.ModeDir }
 
 // journal fills a journal's own resource group: dinode, pointer blocks level by
 // level, data.
@@ -151,7 +129,7 @@ func (im *image) journal(rgi int) (ondisk.Inum, error) {
 	im.formal++
 	im.used[rgi], im.nDinodes = 1, im.nDinodes+1
 	im.dinodes[rgi] = []uint64{0}
-	ip, err := im.initInode(rg.Data0, ondisk.ModeRegular|0o600, ondisk.DISystem, ondisk.Inum{})
+	ip, err := fs.NewInode(im, ondisk.Inum{Formal: im.formal, Addr: rg.Data0}, ondisk.ModeRegular|0o600, ondisk.DISystem, ondisk.Inum{}, l.Now)
 	if err != nil {
 		return ondisk.Inum{}, err
 	}
@@ -159,7 +137,7 @@ func (im *image) journal(rgi int) (ondisk.Inum, error) {
 	ip.Height = uint16(len(levels) + 1)
 	ip.Size = l.JBlocks << g.Shift
 	// parents of the level being placed: blocks and where their pointers start
-	parents, off, per := [][]byte{ip.b}, ondisk.DinodeSize, g.DinodePtrs
+	parents, off, per := [][]byte{im.blocks[rg.Data0]}, ondisk.DinodeSize, g.DinodePtrs
 	next := rg.Data0 + 1
 	for lvl, n := range append(levels, l.JBlocks) {
 		data := lvl == len(levels)
@@ -167,7 +145,10 @@ func (im *image) journal(rgi int) (ondisk.Inum, error) {
 		for i := range n {
 			be.PutUint64(parents[int(i)/per][off+8*(int(i)%per):], next+i)
 			if !data {
-				b := im.block(next + i)
+				b, err := im.NewBlock(next + i)
+				if err != nil {
+					return ondisk.Inum{}, err
+				}
 				ondisk.PutMeta(b, ondisk.TypeIN)
 				kids = append(kids, b)
 			}
@@ -181,7 +162,7 @@ func (im *image) journal(rgi int) (ondisk.Inum, error) {
 	ip.GoalData = next - 1
 	ip.Blocks = next - rg.Data0
 	im.used[rgi] = ip.Blocks
-	return ip.Num, ip.put()
+	return ip.Num, ip.Put()
 }
 
 // journalData is the first data block of the journal in resource group rgi, and
@@ -207,15 +188,15 @@ func (im *image) makeRoot() (err error) {
 
 // create makes an inode and its entry in dir. The block of the inode is taken
 // first, then those that the directory may need.
-func (im *image) create(dir *inode, name string, mode, flags uint32) (*inode, error) {
+func (im *image) create(dir *fs.Inode, name string, mode, flags uint32) (*fs.Inode, error) {
 	ip, err := im.newInode(mode, flags, dir.Num)
 	if err != nil {
 		return nil, err
 	}
-	if ip.isDir() {
+	if ip.IsDir() {
 		dir.Nlink++
 	}
-	return ip, dir.add(name, ip.Num, ondisk.DirentType(mode))
+	return ip, dir.AddEntry(name, ip.Num, ondisk.DirentType(mode))
 }
 
 func (im *image) makeJindex(journals []ondisk.Inum) error {
@@ -224,7 +205,7 @@ func (im *image) makeJindex(journals []ondisk.Inum) error {
 		return err
 	}
 	for j, ino := range journals {
-		if err := dir.add("journal"+strconv.Itoa(j), ino, ondisk.DTRegular); err != nil {
+		if err := dir.AddEntry("journal"+strconv.Itoa(j), ino, ondisk.DTRegular); err != nil {
 			return err
 		}
 	}
@@ -252,16 +233,16 @@ func (im *image) makePerNode() error {
 }
 
 // makeSmall makes a stuffed system file of zeroes.
-func (im *image) makeSmall(dir *inode, name string, size uint64, payload ondisk.Format) error {
+func (im *image) makeSmall(dir *fs.Inode, name string, size uint64, payload ondisk.Format) error {
 	ip, err := im.create(dir, name, ondisk.ModeRegular|0o600, ondisk.DISystem|ondisk.DIJdata)
 	if err != nil {
 		return err
 	}
 	ip.Size, ip.PayloadFormat = size, uint32(payload)
-	return ip.put()
+	return ip.Put()
 }
 
-func (im *image) makeQuotaChange(dir *inode, name string) error {
+func (im *image) makeQuotaChange(dir *fs.Inode, name string) error {
 	g := im.l.Geom
 	ip, err := im.create(dir, name, ondisk.ModeRegular|0o600, ondisk.DISystem)
 	if err != nil {
@@ -270,7 +251,7 @@ func (im *image) makeQuotaChange(dir *inode, name string) error {
 	blocks := uint64(im.l.QuotaMB) << 20 >> g.Shift
 	ip.Height = uint16(g.HeightBlocks(blocks))
 	for i := range blocks {
-		a, err := ip.mapBlock(i)
+		a, err := ip.MapNew(i)
 		if err != nil {
 			return err
 		}
@@ -282,7 +263,7 @@ func (im *image) makeQuotaChange(dir *inode, name string) error {
 		}
 	}
 	ip.Size = blocks << g.Shift
-	return ip.put()
+	return ip.Put()
 }
 
 func (im *image) makeRindex() error {
@@ -296,18 +277,18 @@ func (im *image) makeRindex() error {
 		if err := im.l.RGs[i].Encode(e[:]); err != nil {
 			return err
 		}
-		if err := ip.write(e[:], uint64(i)*ondisk.RindexSize); err != nil {
+		if _, err := ip.WriteAt(e[:], int64(i)*ondisk.RindexSize); err != nil {
 			return err
 		}
 	}
 	// mkfs.gfs2 leaves room for one entry more, so that gfs2_grow on a full
 	// filesystem need not allocate: the blocks are there, the size excludes it.
 	size := ip.Size
-	if err := ip.write(make([]byte, ondisk.RindexSize), size); err != nil {
+	if _, err := ip.WriteAt(make([]byte, ondisk.RindexSize), int64(size)); err != nil {
 		return err
 	}
 	ip.Size = size
-	return ip.put()
+	return ip.Put()
 }
 
 func (im *image) makeQuota() error {
@@ -321,12 +302,12 @@ func (im *image) makeQuota() error {
 	if err := q.Encode(e[:]); err != nil {
 		return err
 	}
-	for i := range uint64(2) {
-		if err := ip.write(e[:], i*ondisk.QuotaSize); err != nil {
+	for i := range int64(2) {
+		if _, err := ip.WriteAt(e[:], i*ondisk.QuotaSize); err != nil {
 			return err
 		}
 	}
-	return ip.put()
+	return ip.Put()
 }
 
 // fillCounters writes the master inum and statfs files, which depend on all
@@ -342,15 +323,15 @@ func (im *image) fillCounters() error {
 		"inum":   func(b []byte) error { be.PutUint64(b, im.formal+1); return nil },
 		"statfs": sf.Encode,
 	} {
-		addr, err := im.master.lookup(name)
+		e, err := im.master.Lookup(name)
 		if err != nil {
 			return err
 		}
-		if err := put(im.blocks[addr][ondisk.DinodeSize:]); err != nil {
+		if err := put(im.blocks[e.Inum.Addr][ondisk.DinodeSize:]); err != nil {
 			return err
 		}
 	}
-	return im.master.put()
+	return im.master.Put()
 }
 
 // superblock returns the finished superblock, one block long.
