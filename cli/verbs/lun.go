@@ -103,19 +103,20 @@ Sizes: ` + size.Help + `.`
 		}
 		return printList(a, l, lunView())
 	})
-	del := a.verb("delete IQN/LUN", "take a LUN away from a target; the volume stays", func(ctx context.Context, args []string) error {
-		iqn, n, err := splitLUN(args[0])
+	del := a.verb("delete IQN/LUN [LUN]", "take a LUN away from a target; the volume stays", func(ctx context.Context, args []string) error {
+		name := strings.Join(args, "/") // "IQN 1" is "IQN/1"
+		iqn, n, err := splitLUN(name)
 		if err != nil {
 			return err
 		}
-		if err := a.confirm(ctx, "take LUN "+args[0]+" away from its initiators"); err != nil {
+		if err := a.confirm(ctx, "take LUN "+name+" away from its initiators"); err != nil {
 			return err
 		}
 		d, err := a.delete(ctx, fmt.Sprintf("%s/%s/%d", api.PathLUNs, url.PathEscape(iqn), n))
 		if err != nil {
 			return err
 		}
-		return a.printDone(d, "LUN "+args[0]+" is deleted; its volume stays")
+		return a.printDone(d, "LUN "+name+" is deleted; its volume stays")
 	})
 	del.ValidArgsFunction = complete(a, api.PathLUNs, lunName)
 	return a.group(&cobra.Command{Use: "lun", Short: "LUNs: numbers under a target"}, create, alias(list, "ls"), alias(del, "rm"))

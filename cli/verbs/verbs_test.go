@@ -174,6 +174,7 @@ func TestChanges(t *testing.T) {
 		{"target delete " + iqnPath + " --yes --force", "DELETE /v1/targets/" + iqnPath + "?force=1", nil},
 		{"lun create v1 --target " + iqnPath + " --size 64MiB --node n3 --block-size 4096", "POST /v1/luns", lun},
 		{"lun delete " + iqnPath + "/1 --yes", "DELETE /v1/luns/" + iqnPath + "/1", nil},
+		{"lun delete " + iqnPath + " 1 --yes", "DELETE /v1/luns/" + iqnPath + "/1", nil},
 		{"acl add " + iqnPath + " IQN.1993-08.org.debian:01:abc 192.0.2.7 10.1.2.3/8 2001:db8::1", "POST /v1/acls", acl(nil, who, empty)},
 		{"acl remove " + iqnPath + " 192.0.2.7", "POST /v1/acls", acl(nil, empty, map[string]any{"open": false, "initiators": nil, "addresses": []any{"192.0.2.7/32"}})},
 		{"acl open " + iqnPath, "POST /v1/acls", acl(true, empty, empty)},
