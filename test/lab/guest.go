@@ -94,7 +94,7 @@ func (l *Lab) Boot(cfgs ...Config) []*Guest {
 	l.t.Helper()
 	var gs []*Guest
 	for _, c := range cfgs {
-		g, err := l.start(c)
+		g, err := l.start(c, nil)
 		if err != nil {
 			l.t.Fatalf("boot %s: %v", c.Name, err)
 		}
@@ -108,7 +108,25 @@ func (l *Lab) Boot(cfgs ...Config) []*Guest {
 	return gs
 }
 
-func (l *Lab) start(c Config) (*Guest, error) {
+// Reboot ends the guest as Kill does and boots another kernel in its place: same name, links and disks, another boot id and
+// an empty root. The old Guest stays gone; go on with the new one.
+func (g *Guest) Reboot() *Guest {
+	g.t.Helper()
+	if err := g.Kill(); err != nil {
+		g.t.Fatalf("reboot %s: %v", g.cfg.Name, err)
+	}
+	fresh, err := g.lab.start(g.cfg, g.ports)
+	if err == nil {
+		err = fresh.awaitBoot()
+	}
+	if err != nil {
+		g.t.Fatalf("reboot %s: %v", g.cfg.Name, err)
+	}
+	return fresh
+}
+
+// start powers a guest on. ports are those of an earlier boot, or nil.
+func (l *Lab) start(c Config, ports []*testnet.Port) (*Guest, error) {
 	if c.MemMB == 0 {
 		c.MemMB = 512
 	}
@@ -124,7 +142,7 @@ func (l *Lab) start(c Config) (*Guest, error) {
 			c.Lifetime = min(c.Lifetime, max(time.Until(end)-20*time.Second, time.Second))
 		}
 	}
-	g := &Guest{lab: l, t: l.t, cfg: c, hello: make(chan struct{}), done: make(chan struct{})}
+	g := &Guest{lab: l, t: l.t, cfg: c, ports: ports, hello: make(chan struct{}), done: make(chan struct{})}
 	g.mu.cmds = make(map[int]*Cmd)
 	ours, theirs, err := serialLine()
 	if err != nil {
@@ -132,7 +150,13 @@ func (l *Lab) start(c Config) (*Guest, error) {
 	}
 	defer theirs.Close()
 	g.line = ours
-	if g.mu.transcript, err = os.Create(filepath.Join(l.Artefacts, c.Name+"-commands.log")); err != nil {
+	// Of a crashed kernel of this name.
+	if err := os.RemoveAll(filepath.Join(l.umls, c.Name)); err != nil {
+		ours.Close()
+		return nil, err
+	}
+	g.mu.transcript, err = os.OpenFile(filepath.Join(l.Artefacts, c.Name+"-commands.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
 		ours.Close()
 		return nil, err
 	}
@@ -145,9 +169,10 @@ func (l *Lab) start(c Config) (*Guest, error) {
 		"ignore_loglevel", "sysrq_always_enabled",
 	}
 	for i, link := range c.Links {
-		tap := link.Bridge.Tap()
-		g.ports = append(g.ports, tap)
-		args = append(args, fmt.Sprintf("eth%d=tuntap,%s,%s", i, tap.Dev, tap.MAC))
+		if i == len(g.ports) {
+			g.ports = append(g.ports, link.Bridge.Tap())
+		}
+		args = append(args, fmt.Sprintf("eth%d=tuntap,%s,%s", i, g.ports[i].Dev, g.ports[i].MAC))
 	}
 	for i, d := range c.Disks {
 		args = append(args, fmt.Sprintf("ubd%c=%s", 'a'+i, d))

@@ -221,14 +221,29 @@ func TestLifetimeEndsAGuest(t *testing.T) {
 	}
 }
 
-func TestPoweroff(t *testing.T) {
+func TestPoweroffAndReboot(t *testing.T) {
 	t.Parallel()
 	l := New(t)
-	g := l.Boot(Config{Name: "off", MemMB: 256})[0]
+	br := l.Bridge("10.99.0.1/24")
+	g := l.Boot(Config{Name: "off", MemMB: 256, Links: []Link{{br, "10.99.0.11/24"}}})[0]
+	const who = "cat /proc/sys/kernel/random/boot_id; cat /sys/class/net/eth0/address"
+	first := g.MustRun(who)
 	if err := g.Poweroff(); err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(g.Console(), "reboot: System halted") && !strings.Contains(g.Console(), "Power down") {
+	if !strings.Contains(g.Console(), "reboot: System halted") {
 		t.Errorf("console:\n%s", g.Console())
+	}
+	again := g.Reboot()
+	second := again.MustRun(who)
+	if len(first) != len(second) || first[:36] == second[:36] || first[36:] != second[36:] {
+		t.Errorf("before %q, after %q: want another boot id and the same link", first, second)
+	}
+	if _, err := g.Run("true"); !errors.Is(err, ErrGone) {
+		t.Errorf("run in the guest before: %v", err)
+	}
+	third := again.Reboot().MustRun(who) // from a running kernel: a crash
+	if third[:36] == second[:36] || third[36:] != second[36:] {
+		t.Errorf("before %q, after %q: want another boot id and the same link", second, third)
 	}
 }
