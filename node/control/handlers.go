@@ -334,7 +334,17 @@ func fsmValue[T any](res fsm.Result, err error) (T, error) {
 	return fsm.As[T](res)
 }
 
-// waitVolume returns when every copy of a new volume is made.
+// served tells whether the primary has reported that it serves the volume.
+func (m *member) served(id, primary string) bool {
+	for _, r := range m.table.leases()[primary].Volumes {
+		if r.UUID == id {
+			return r.State == "serving"
+		}
+	}
+	return false
+}
+
+// waitVolume returns when every copy of a new volume is made and it is served.
 func (m *member) waitVolume(ctx context.Context, id string) error {
 	for {
 		_, _, next := m.cluster.Changed()
@@ -344,11 +354,12 @@ func (m *member) waitVolume(ctx context.Context, id string) error {
 		switch {
 		case !ok:
 			return api.Errorf(api.CodeNotFound, "clusteradm volume list", "the volume was removed meanwhile")
-		case v.State == storage.Ready:
+		case v.State == storage.Ready && m.served(v.Config.UUID, v.Config.Primary):
 			return nil
 		}
 		select {
 		case <-next:
+		case <-time.After(20 * time.Millisecond): // reports come with renewals, not with the log
 		case <-ctx.Done():
 			return api.Errorf(api.CodeTimeout, "clusteradm volume show "+v.Name,
 				"volume %s is recorded, but %s has not made its store yet", v.Name, v.Config.Primary)

@@ -205,7 +205,7 @@ func volumeHealth(p picture, v *storage.Volume) (api.Health, string) {
 			continue
 		}
 		if r.State != "serving" {
-			return api.HealthFaulted, v.Config.Primary + " says: " + strings.TrimPrefix(r.State+": "+r.Error, ": ")
+			return api.HealthFaulted, v.Config.Primary + " says: " + strings.TrimSuffix(r.State+": "+r.Error, ": ")
 		}
 		if len(v.Config.ISR) == 1 {
 			return api.HealthDegraded, "not redundant: one copy"

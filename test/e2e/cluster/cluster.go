@@ -389,3 +389,10 @@ func JSON(v any) string {
 	b, _ := json.MarshalIndent(v, "", " ")
 	return string(b)
 }
+
+// Quorum asks the node who leads.
+func (n *Node) Quorum() (api.Quorum, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	return api.Get[api.Quorum](ctx, n.client, api.PathQuorum)
+}
