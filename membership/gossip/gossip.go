@@ -31,6 +31,9 @@ type Meta struct {
 	Raft        string   `json:"raft"`
 	API         string   `json:"api,omitempty"`
 	ISCSI       []string `json:"iscsi,omitempty"`
+	// Leaving is set by Close before it says goodbye: memberlist's own event
+	// does not tell a leave from a death.
+	Leaving bool `json:"leaving,omitempty"`
 }
 
 // EventKind is what a hint is about.
@@ -82,10 +85,14 @@ type Gossip struct {
 	log    *zap.Logger
 	events chan Event
 
+	self string
+	once sync.Once
+	err  error
+
 	mu struct {
 		sync.Mutex
-		meta    Meta
-		dropped uint64
+		meta  Meta
+		alive map[string]Peer
 	}
 }
 
@@ -106,6 +113,7 @@ func Start(cfg Config) (*Gossip, error) {
 	}
 	g := &Gossip{ring: ring, log: cfg.Log, events: make(chan Event, 256)}
 	g.mu.meta = cfg.Meta
+	g.mu.alive = make(map[string]Peer)
 	mc := memberlist.DefaultLANConfig()
 	mc.Name, mc.Label = cfg.Name, cfg.Cluster
 	if mc.BindAddr, mc.BindPort, err = split(cfg.Bind); err != nil {
@@ -128,6 +136,8 @@ func Start(cfg Config) (*Gossip, error) {
 	if g.list, err = memberlist.Create(mc); err != nil {
 		return nil, fmt.Errorf("start gossip on %s: %w", cfg.Bind, err)
 	}
+	n := g.list.LocalNode()
+	g.self = net.JoinHostPort(n.Addr.String(), strconv.Itoa(int(n.Port)))
 	return g, nil
 }
 
@@ -155,10 +165,7 @@ func checkMeta(m Meta) error {
 }
 
 // Addr is host:port that others join by.
-func (g *Gossip) Addr() string {
-	n := g.list.LocalNode()
-	return net.JoinHostPort(n.Addr.String(), strconv.Itoa(int(n.Port)))
-}
+func (g *Gossip) Addr() string { return g.self }
 
 // Join contacts nodes by host:port and gives how many answered; the error
 // joins those of the others.
@@ -170,15 +177,20 @@ func (g *Gossip) Join(addrs ...string) (int, error) {
 	return n, nil
 }
 
-// Events gives the hints. When nobody reads, the newest are dropped: Alive has
+// Events gives the hints, those about this node too. When nobody reads, the newest are dropped: Alive has
 // the whole picture.
 func (g *Gossip) Events() <-chan Event { return g.events }
 
 // Alive is the nodes that gossip thinks are alive, this one too, by name.
+//
+// It is kept from the events: the nodes that memberlist hands out change while
+// they are read.
 func (g *Gossip) Alive() []Peer {
-	var out []Peer
-	for _, n := range g.list.Members() {
-		out = append(out, Peer{Node: n.Name, Addr: n.Address(), Meta: g.meta(n)})
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	out := make([]Peer, 0, len(g.mu.alive))
+	for _, p := range g.mu.alive {
+		out = append(out, p)
 	}
 	slices.SortFunc(out, func(a, b Peer) int { return strings.Compare(a.Node, b.Node) })
 	return out
@@ -223,13 +235,22 @@ func (g *Gossip) SetKeys(keys [][]byte) error {
 	return nil
 }
 
-// Close says goodbye for at most patience and stops.
+// Close stops. With patience it says goodbye first and waits so long that
+// others hear it; with 0 they see a death.
 func (g *Gossip) Close(patience time.Duration) error {
-	var err error
-	if patience > 0 {
-		err = g.list.Leave(patience)
-	}
-	return errors.Join(err, g.list.Shutdown())
+	g.once.Do(func() {
+		if patience > 0 {
+			g.mu.Lock()
+			g.mu.meta.Leaving = true
+			g.mu.Unlock()
+			// Nobody may be there to hear it, which is no reason to stay.
+			if err := errors.Join(g.list.UpdateNode(patience/2), g.list.Leave(patience/2)); err != nil {
+				g.log.Info("gossip goodbye not heard", zap.Error(err))
+			}
+		}
+		g.err = g.list.Shutdown()
+	})
+	return g.err
 }
 
 func (g *Gossip) meta(n *memberlist.Node) Meta {
@@ -258,27 +279,29 @@ func (*delegate) MergeRemoteState([]byte, bool)   {}
 
 type events Gossip
 
+// send runs under memberlist's lock: it never blocks.
 func (e *events) send(k EventKind, n *memberlist.Node) {
 	g := (*Gossip)(e)
-	ev := Event{Kind: k, Node: n.Name, Addr: n.Address(), Meta: g.meta(n)}
+	p := Peer{Node: n.Name, Addr: n.Address(), Meta: g.meta(n)}
+	if k == Failed && p.Meta.Leaving {
+		k = Left
+	}
+	g.mu.Lock()
+	if k == Left || k == Failed {
+		delete(g.mu.alive, p.Node)
+	} else {
+		g.mu.alive[p.Node] = p
+	}
+	g.mu.Unlock()
 	select {
-	case g.events <- ev:
-	default: // memberlist holds its lock here: never block
-		g.mu.Lock()
-		g.mu.dropped++
-		g.mu.Unlock()
+	case g.events <- Event{Kind: k, Node: p.Node, Addr: p.Addr, Meta: p.Meta}:
+	default:
 	}
 }
 
 func (e *events) NotifyJoin(n *memberlist.Node)   { e.send(Joined, n) }
 func (e *events) NotifyUpdate(n *memberlist.Node) { e.send(Updated, n) }
-func (e *events) NotifyLeave(n *memberlist.Node) {
-	if n.State == memberlist.StateLeft {
-		e.send(Left, n)
-		return
-	}
-	e.send(Failed, n)
-}
+func (e *events) NotifyLeave(n *memberlist.Node)  { e.send(Failed, n) }
 
 // logLines turns memberlist's "[LEVEL] memberlist: text" lines into zap's.
 type logLines struct{ z *zap.Logger }

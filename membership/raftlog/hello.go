@@ -1,7 +1,7 @@
 // What the two ends of every cluster stream say before anything else, inside
 // TLS. The dialler sends a hello, the listener answers. All integers
 // big-endian; strings are u8 length + bytes; the refusal's text is u16 length +
-// bytes (docs/formats/handshake.md).
+// bytes.
 //
 //	hello   "BHHS" | u16 version=1 | u16 body | cluster | node | boot id | u64 incarnation | u64 applied index
 //	answer  "BHHA" | u16 version=1 | u16 body | u8 code | text | (code 0 only:) cluster | node | boot id | u64 incarnation | u64 applied index

@@ -215,7 +215,12 @@ func PlanVoters(in VoterInput) []Change {
 
 	// 6. An even number above two carries a vote that helps nobody; the last
 	// node by index gives it back, a witness first.
-	if n := len(voters); n > p.MinQuorum && n%2 == 0 || n > p.MaxVoters {
+	// Not while one is down: then the choice waits for its fence or return.
+	quiet := true
+	for id := range voters {
+		quiet = quiet && alive(id)
+	}
+	if n := len(voters); quiet && (n > p.MinQuorum && n%2 == 0 || n > p.MaxVoters) {
 		ids := make([]*members.Record, 0, n)
 		for _, r := range sortedRecords(in.Members) {
 			if voters[r.Name] && r.Name != in.Leader {
@@ -224,7 +229,7 @@ func PlanVoters(in VoterInput) []Change {
 		}
 		slices.Reverse(ids)
 		slices.SortStableFunc(ids, func(a, b *members.Record) int {
-			return cmp.Or(boolInt(alive(a.Name))-boolInt(alive(b.Name)), boolInt(b.Roles.Witness)-boolInt(a.Roles.Witness))
+			return boolInt(b.Roles.Witness) - boolInt(a.Roles.Witness)
 		})
 		for _, r := range ids {
 			if n := len(voters); n <= p.MaxVoters && n%2 == 1 {
