@@ -1,0 +1,188 @@
+package target
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/blockhouse-san/blockhouse/block"
+	"github.com/blockhouse-san/blockhouse/iscsi"
+	"github.com/blockhouse-san/blockhouse/scsi"
+)
+
+// Options are fixed for the life of a Server. The zero value is usable.
+type Options struct {
+	Logger *zap.Logger // nil = none
+	// NopInterval is how long a connection may be silent before it is pinged,
+	// NopTimeout how long the ping may stay unanswered before the session is reset
+	// (SAFETY §4: 1 s and 1 s). Negative NopInterval = no pings.
+	NopInterval, NopTimeout time.Duration
+	LoginTimeout            time.Duration // of the whole login phase; 0 = 15 s
+	SendTimeout             time.Duration // a peer that takes nothing for so long is dropped; 0 = 30 s
+	// StallLimit: when the server itself did not run for longer, every connection
+	// is reset before anything is read from it (SAFETY §2). 0 = off.
+	StallLimit time.Duration
+	QueueDepth int        // command window of a session; 0 = 128
+	MaxLogins  int        // connections that are not logged in yet; 0 = 256
+	Want       iscsi.Want // limits of negotiation; zero = iscsi.DefaultWant
+}
+
+func (o *Options) defaults() error {
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&o.NopInterval, time.Second)
+	def(&o.NopTimeout, time.Second)
+	def(&o.LoginTimeout, 15*time.Second)
+	def(&o.SendTimeout, 30*time.Second)
+	if o.QueueDepth == 0 {
+		o.QueueDepth = 128
+	}
+	if o.QueueDepth < 1 || o.QueueDepth > 4096 {
+		return fmt.Errorf("queue depth %d: want 1 to 4096", o.QueueDepth)
+	}
+	if o.MaxLogins == 0 {
+		o.MaxLogins = 256
+	}
+	if o.Logger == nil {
+		o.Logger = zap.NewNop()
+	}
+	if o.Want.MaxRecv == 0 {
+		o.Want = iscsi.DefaultWant()
+	}
+	return o.Want.Validate()
+}
+
+// Config is the desired state of a Server. Apply makes it so, whatever the state
+// was before.
+type Config struct {
+	Targets []Target
+	// Cut are initiator names that may not log in, with the epoch at which they
+	// were fenced.
+	Cut map[string]uint64
+}
+
+// Target is an iSCSI target node.
+type Target struct {
+	IQN   string
+	Alias string // TargetAlias, optional
+	// TPGT is the target portal group tag, also the SCSI target port group;
+	// RelPort is the relative target port identifier. Both 1 to 65535.
+	TPGT, RelPort uint16
+	// Portals are ADDRESS:PORT. An unspecified address (0.0.0.0, [::]) is told to
+	// initiators as the one that they came to.
+	Portals []netip.AddrPort
+	ACL     ACL
+	LUNs    []LUN
+	// Offline refuses logins with "service unavailable", for drains.
+	Offline bool
+}
+
+// ACL says who may see a target. Every kind of rule that is not empty must
+// match; with no rule at all Open decides.
+type ACL struct {
+	Open  bool
+	Names []string       // iSCSI initiator names
+	Nets  []netip.Prefix // of the initiator's address
+}
+
+// Allows tells whether an initiator may see the target.
+func (a *ACL) Allows(name string, addr netip.Addr) bool {
+	if len(a.Names) == 0 && len(a.Nets) == 0 {
+		return a.Open
+	}
+	if len(a.Names) > 0 && !slices.ContainsFunc(a.Names, func(n string) bool { return iscsi.NormalizeName(n) == name }) {
+		return false
+	}
+	addr = addr.Unmap()
+	return len(a.Nets) == 0 || slices.ContainsFunc(a.Nets, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// LUN is an entry of a target's LUN map.
+type LUN struct {
+	Number scsi.LUN
+	// Volume is the identity of the bytes, a UUID in text form; entries of one
+	// volume under several targets share one logical unit: task set, reservations,
+	// unit attentions.
+	Volume string
+	// Generation changes whenever the entry points to something else; sessions
+	// older than the change are reset (SAFETY §4).
+	Generation uint64
+	// Device is closed by whoever opened it, after the entry was removed.
+	Device       block.Device
+	Gate         Gate         // nil = Open
+	Reservations Reservations // nil = in memory, kept as long as the volume is served
+	Identity     Identity
+	// Groups answers REPORT TARGET PORT GROUPS: all groups through which the volume
+	// can be reached and the implicit transition time in seconds. nil = this port,
+	// active/optimized.
+	Groups    func() ([]scsi.PortGroup, uint8)
+	ReadOnly  bool
+	Removable bool
+}
+
+// Identity is frozen at the volume's creation and the same on every node.
+type Identity struct {
+	Product  string // INQUIRY product, 16 bytes; the first 8 are unique per volume
+	Revision string // 4 bytes
+	Serial   string // VPD 80
+	UUID     [16]byte
+}
+
+// Vendor is the T10 vendor identification of every logical unit.
+const Vendor = "BLKHOUSE"
+
+// Validate returns the first error of a configuration.
+func (c *Config) Validate() error {
+	seen := map[string]bool{}
+	vols := map[string]*LUN{}
+	for i := range c.Targets {
+		t := &c.Targets[i]
+		if err := iscsi.CheckName(t.IQN); err != nil {
+			return fmt.Errorf("target: %w", err)
+		}
+		name := iscsi.NormalizeName(t.IQN)
+		if seen[name] {
+			return fmt.Errorf("target %s: configured twice", t.IQN)
+		}
+		seen[name] = true
+		if t.TPGT == 0 || t.RelPort == 0 {
+			return fmt.Errorf("target %s: portal group tag %d, relative port %d: want 1 to 65535", t.IQN, t.TPGT, t.RelPort)
+		}
+		if len(t.Portals) == 0 {
+			return fmt.Errorf("target %s: no portal", t.IQN)
+		}
+		nums := map[scsi.LUN]bool{}
+		for j := range t.LUNs {
+			l := &t.LUNs[j]
+			switch {
+			case l.Number > scsi.MaxLUN:
+				return fmt.Errorf("target %s lun %d: want 0 to %d", t.IQN, l.Number, scsi.MaxLUN)
+			case nums[l.Number]:
+				return fmt.Errorf("target %s lun %d: configured twice", t.IQN, l.Number)
+			case l.Device == nil:
+				return fmt.Errorf("target %s lun %d: no device", t.IQN, l.Number)
+			case l.Volume == "":
+				return fmt.Errorf("target %s lun %d: no volume", t.IQN, l.Number)
+			}
+			if v := vols[l.Volume]; v != nil && (v.Device != l.Device || v.Gate != l.Gate || v.Reservations != l.Reservations || v.Identity != l.Identity) {
+				return fmt.Errorf("target %s lun %d: volume %s is configured with another device, gate or identity elsewhere", t.IQN, l.Number, l.Volume)
+			}
+			vols[l.Volume] = l
+			nums[l.Number] = true
+		}
+	}
+	return nil
+}
+
+// Errors of the server.
+var (
+	ErrClosed   = errors.New("target server is closed")
+	ErrPortBusy = errors.New("portal is in use")
+)

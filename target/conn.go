@@ -1,0 +1,670 @@
+package target
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/blockhouse-san/blockhouse/block"
+	"github.com/blockhouse-san/blockhouse/iscsi"
+)
+
+// conn is a connection. One goroutine at a time is its reader: it takes PDUs
+// apart, runs short commands to completion and flushes the responses when the
+// input is drained. What can block is handed off to the logical unit's pool; a
+// command that was run in place and turns out to block hands the role of the
+// reader on (see inline). One writer goroutine flushes what the pool queues.
+type conn struct {
+	srv           *Server
+	nc            net.Conn
+	remote, local netip.AddrPort
+	src           *bufio.Reader
+	r             *iscsi.Reader
+	s             *session // set at login, before full feature phase
+	log           *zap.Logger
+
+	closed chan struct{} // closed by shut
+	once   sync.Once
+	cause  error // set before closed is closed
+	wake   chan struct{}
+
+	loginCID uint16
+
+	lastRead atomic.Int64 // ns since the server's start
+	pinged   atomic.Int64 // when an unanswered NOP-In was sent, 0 = none
+	logout   atomic.Bool  // a logout response was queued: the writer closes after it
+
+	// Of the reader.
+	tombs   map[uint32]struct{} // tags whose stray Data-Out is dropped silently
+	text    iscsi.TextBuffer
+	textOut iscsi.TextQueue
+	textTTT uint32
+	nextTTT uint32
+	neg     *iscsi.Negotiator
+	handoff *time.Timer
+
+	// out guards the queue of responses.
+	out struct {
+		sync.Mutex
+		q       []response
+		pending int // bytes queued and being written
+		room    chan struct{}
+	}
+	flushing sync.Mutex // held by who encodes and writes; guards what follows
+	w        *iscsi.Writer
+	spare    []response
+	statSN   iscsi.Serial
+	deadline time.Time
+	failed   bool
+}
+
+// maxPending bounds what is queued for a peer that does not read; above it the
+// reader waits.
+const maxPending = 16 << 20
+
+func newConn(srv *Server, nc net.Conn) *conn {
+	c := &conn{
+		srv: srv, nc: nc, closed: make(chan struct{}), wake: make(chan struct{}, 1),
+		src: bufio.NewReaderSize(nc, 64<<10), tombs: map[uint32]struct{}{}, textTTT: iscsi.ReservedTag,
+	}
+	c.remote, c.local = addrPort(nc.RemoteAddr()), addrPort(nc.LocalAddr())
+	c.r = iscsi.NewReader(c.src, iscsi.DefaultMaxRecv)
+	c.w = iscsi.NewWriter(nc, iscsi.DefaultMaxRecv)
+	c.log = srv.log.With(zap.Stringer("remote", c.remote))
+	c.out.room = make(chan struct{}, 1)
+	return c
+}
+
+func addrPort(a net.Addr) netip.AddrPort {
+	if t, ok := a.(*net.TCPAddr); ok {
+		ap := t.AddrPort()
+		return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+	}
+	return netip.AddrPort{}
+}
+
+// shut closes the socket; everything else follows from that.
+func (c *conn) shut(why error) {
+	c.once.Do(func() {
+		c.cause = why
+		close(c.closed)
+		_ = c.nc.Close()
+	})
+}
+
+var (
+	errLoggedOut = errors.New("logged out")
+	errPeerGone  = errors.New("connection closed by the initiator")
+)
+
+// serve runs the connection from its first byte.
+func (c *conn) serve() {
+	err := c.login()
+	c.srv.loginDone()
+	if err != nil {
+		c.shut(err)
+		if !errors.Is(err, io.EOF) {
+			c.log.Info("login failed", zap.Error(err))
+		}
+		if c.s != nil {
+			c.s.end(err)
+		}
+		c.srv.dropConn(c)
+		return
+	}
+	c.srv.wg.Add(1)
+	go c.writer()
+	c.read()
+}
+
+// login runs the login phase in lock step.
+func (c *conn) login() error {
+	if err := c.nc.SetDeadline(time.Now().Add(c.srv.opt.LoginTimeout)); err != nil {
+		return err
+	}
+	m := iscsi.NewTargetLogin(iscsi.TargetLoginConfig{
+		Want: c.srv.opt.Want, Rand: rand.Reader, Window: uint32(c.srv.opt.QueueDepth),
+		Admit: func(id *iscsi.LoginIdentity) iscsi.Admission { return c.srv.admit(c, id) },
+		Start: func(id *iscsi.LoginIdentity, p iscsi.Params) (uint16, iscsi.LoginStatus) {
+			return c.srv.start(c, id, p)
+		},
+	})
+	var data []byte
+	for {
+		b, err := c.r.Next()
+		if err != nil {
+			return err
+		}
+		var req iscsi.LoginRequest
+		if err := req.Decode(b); err != nil {
+			return err // not a login request: close without an answer
+		}
+		if data, err = c.r.AppendData(data[:0]); err != nil {
+			return err
+		}
+		st := m.Step(&req, data)
+		if st.Done {
+			// The session exists: CmdSN of the login request is the next expected
+			// (login requests are immediate).
+			c.s.mu.Lock()
+			c.s.expCmdSN = req.CmdSN
+			c.s.maxCmdSN = req.CmdSN.Add(uint32(c.srv.opt.QueueDepth)) - 1
+			c.s.mu.Unlock()
+		}
+		if err := c.w.Append(&st.Resp, st.Data); err != nil {
+			return err
+		}
+		if err := c.w.Flush(); err != nil {
+			return err
+		}
+		if st.Err != nil {
+			return st.Err
+		}
+		if st.Done {
+			p := m.Params()
+			c.neg, c.statSN = m.Negotiator(), m.StatSN()
+			c.r.MaxData, c.r.HeaderDigest, c.r.DataDigest = p.MaxRecv, p.HeaderDigest, p.DataDigest
+			c.w.MaxData, c.w.HeaderDigest, c.w.DataDigest = p.MaxSend, p.HeaderDigest, p.DataDigest
+			c.lastRead.Store(c.srv.now())
+			return c.nc.SetDeadline(time.Time{})
+		}
+	}
+}
+
+// read is the loop of the reader. It ends with the connection, or when a command
+// that it ran in place blocked and the role went to another goroutine.
+func (c *conn) read() {
+	for {
+		err := c.step()
+		if err == errRoleGone {
+			return
+		}
+		if err == nil {
+			continue
+		}
+		select {
+		case <-c.closed:
+			err = c.cause
+		default:
+			if errors.Is(err, io.EOF) {
+				err = errPeerGone
+			}
+		}
+		c.flush()
+		c.s.end(err)
+		c.srv.dropConn(c)
+		return
+	}
+}
+
+var errRoleGone = errors.New("another goroutine reads on")
+
+// step handles one PDU.
+func (c *conn) step() error {
+	if c.src.Buffered() < iscsi.BHSLen {
+		c.flush()
+	}
+	if err := c.waitRoom(); err != nil {
+		return err
+	}
+	b, err := c.r.Next()
+	c.lastRead.Store(c.srv.now())
+	if err != nil {
+		return c.judge(b, err)
+	}
+	return c.judge(b, c.dispatch(b))
+}
+
+// judge turns a protocol error into a Reject where the stream can be followed,
+// and leaves every other error as the end of the connection.
+func (c *conn) judge(b *iscsi.BHS, err error) error {
+	var pe *iscsi.ProtocolError
+	if err == nil || !errors.As(err, &pe) || pe.Fatal || b == nil {
+		return err
+	}
+	c.reject(b, pe.Reason)
+	return nil
+}
+
+func (c *conn) reject(b *iscsi.BHS, why iscsi.RejectReason) {
+	h := make([]byte, iscsi.BHSLen, iscsi.BHSLen+iscsi.MaxAHS)
+	copy(h, b[:])
+	h = append(h, c.r.AHS()...)
+	c.log.Debug("PDU rejected", zap.Stringer("opcode", b.Opcode()), zap.Stringer("reason", why))
+	c.queue(response{pdu: &iscsi.Reject{Reason: why}, data: h})
+}
+
+// waitRoom waits while the peer takes nothing of what it asked for.
+func (c *conn) waitRoom() error {
+	for {
+		c.out.Lock()
+		over := c.out.pending > maxPending
+		c.out.Unlock()
+		if !over {
+			return nil
+		}
+		c.flush()
+		c.out.Lock()
+		over = c.out.pending > maxPending
+		c.out.Unlock()
+		if !over {
+			return nil
+		}
+		select {
+		case <-c.out.room:
+		case <-c.closed:
+			return c.cause
+		}
+	}
+}
+
+func (c *conn) dispatch(b *iscsi.BHS) error {
+	if c.s.tgt == nil { // discovery
+		switch b.Opcode() {
+		case iscsi.OpTextReq, iscsi.OpNopOut, iscsi.OpLogoutReq:
+		default:
+			return &iscsi.ProtocolError{Reason: iscsi.RejectProtocolError, Opcode: b.Opcode(), Why: "not in a discovery session"}
+		}
+	}
+	switch b.Opcode() {
+	case iscsi.OpScsiCommand:
+		return c.onCommand(b)
+	case iscsi.OpDataOut:
+		return c.onDataOut(b)
+	case iscsi.OpNopOut:
+		return c.onNop(b)
+	case iscsi.OpTaskMgmtReq:
+		return c.onTaskMgmt(b)
+	case iscsi.OpTextReq:
+		return c.onText(b)
+	case iscsi.OpLogoutReq:
+		return c.onLogout(b)
+	case iscsi.OpSNACK:
+		return &iscsi.ProtocolError{Reason: iscsi.RejectSNACK, Opcode: b.Opcode(), Why: "error recovery level is 0"}
+	case iscsi.OpLoginReq:
+		return &iscsi.ProtocolError{Reason: iscsi.RejectProtocolError, Opcode: b.Opcode(), Why: "login in full feature phase"}
+	}
+	if b.Opcode().Known() {
+		return &iscsi.ProtocolError{Reason: iscsi.RejectProtocolError, Opcode: b.Opcode(), Why: "sent by the wrong side"}
+	}
+	return &iscsi.ProtocolError{Reason: iscsi.RejectUnsupported, Opcode: b.Opcode(), Why: "not defined"}
+}
+
+func (c *conn) onNop(b *iscsi.BHS) error {
+	var p iscsi.NopOut
+	if err := p.Decode(b); err != nil {
+		return err
+	}
+	if p.TTT != iscsi.ReservedTag { // the answer to our ping; any LUN is fine
+		c.pinged.Store(0)
+	}
+	if p.ITT == iscsi.ReservedTag {
+		return c.r.DiscardData()
+	}
+	if !p.Immediate && !c.s.inWindow(p.CmdSN) {
+		return c.r.DiscardData()
+	}
+	data, err := c.r.AppendData(nil)
+	if err != nil {
+		return err
+	}
+	data = data[:min(len(data), c.w.MaxData)]
+	c.s.order(p.CmdSN, p.Immediate, func() {
+		c.queue(response{pdu: &iscsi.NopIn{LUN: 0, ITT: p.ITT, TTT: iscsi.ReservedTag}, data: data})
+	})
+	return nil
+}
+
+func (c *conn) onLogout(b *iscsi.BHS) error {
+	var p iscsi.LogoutRequest
+	if err := p.Decode(b); err != nil {
+		return err
+	}
+	c.s.order(p.CmdSN, p.Immediate, func() {
+		resp := &iscsi.LogoutResponse{ITT: p.ITT}
+		switch p.Reason {
+		case iscsi.LogoutConnection:
+			if p.CID != c.loginCID {
+				resp.Response = iscsi.LogoutCIDNotFound
+				c.queue(response{pdu: resp})
+				return
+			}
+		case iscsi.LogoutRecovery:
+			resp.Response = iscsi.LogoutNoRecovery
+			c.queue(response{pdu: resp})
+			return
+		}
+		// Everything in progress ends before the response (§11.14).
+		c.s.abort(func(*task) bool { return true }, func() {
+			c.queue(response{pdu: resp, last: true})
+			c.kick()
+		})
+	})
+	return nil
+}
+
+// onText answers SendTargets and renegotiates MaxRecvDataSegmentLength.
+func (c *conn) onText(b *iscsi.BHS) error {
+	var p iscsi.TextRequest
+	if err := p.Decode(b); err != nil {
+		return err
+	}
+	if !p.Immediate && !c.s.inWindow(p.CmdSN) {
+		return c.r.DiscardData()
+	}
+	data, err := c.r.AppendData(nil)
+	if err != nil {
+		return err
+	}
+	var verdict error
+	c.s.order(p.CmdSN, p.Immediate, func() { verdict = c.textStep(&p, data) })
+	return verdict
+}
+
+func (c *conn) textStep(p *iscsi.TextRequest, data []byte) error {
+	bad := func(why iscsi.RejectReason, s string) error {
+		c.text, c.textOut, c.textTTT = iscsi.TextBuffer{}, iscsi.TextQueue{}, iscsi.ReservedTag
+		return &iscsi.ProtocolError{Reason: why, Opcode: iscsi.OpTextReq, Why: s}
+	}
+	if p.TTT != iscsi.ReservedTag && p.TTT != c.textTTT {
+		return bad(iscsi.RejectInvalidField, "target transfer tag is not one of ours")
+	}
+	if p.TTT == iscsi.ReservedTag { // a new exchange resets what was open (§11.10.4)
+		c.text, c.textOut, c.textTTT = iscsi.TextBuffer{}, iscsi.TextQueue{}, iscsi.ReservedTag
+	}
+	if c.textOut.Empty() {
+		pairs, err := c.text.Add(data, p.Continue)
+		if err != nil {
+			return bad(iscsi.RejectProtocolError, err.Error())
+		}
+		if p.Continue {
+			c.textTTT = c.ttt()
+			c.queue(response{pdu: &iscsi.TextResponse{ITT: p.ITT, TTT: c.textTTT}})
+			return nil
+		}
+		var rest []iscsi.Pair
+		for _, kv := range pairs {
+			if kv.Key == iscsi.KeySendTargets {
+				c.textOut.Put(c.srv.sendTargets(c, kv.Value)...)
+			} else {
+				rest = append(rest, kv)
+			}
+		}
+		reply, err := c.neg.Receive(rest)
+		if err != nil {
+			return bad(iscsi.RejectProtocolError, err.Error())
+		}
+		c.textOut.Put(reply...)
+		np := c.neg.Params()
+		c.flushing.Lock()
+		c.w.MaxData = np.MaxSend
+		c.flushing.Unlock()
+	} else if len(data) > 0 {
+		return bad(iscsi.RejectProtocolError, "text in a request that has to fetch the rest of a response")
+	}
+	seg, more := c.textOut.Next(c.w.MaxData)
+	resp := &iscsi.TextResponse{Final: !more && p.Final, Continue: more, ITT: p.ITT, TTT: iscsi.ReservedTag}
+	c.textTTT = iscsi.ReservedTag
+	if !resp.Final {
+		c.textTTT = c.ttt()
+		resp.TTT = c.textTTT
+	}
+	c.queue(response{pdu: resp, data: seg})
+	return nil
+}
+
+// ttt makes a target transfer tag.
+func (c *conn) ttt() uint32 {
+	c.nextTTT++
+	if c.nextTTT == iscsi.ReservedTag {
+		c.nextTTT = 1
+	}
+	return c.nextTTT
+}
+
+// response is something to send. Numbers are given when it is encoded.
+type response struct {
+	pdu  iscsi.PDU // anything but the kinds below
+	data []byte    // its data segment, owned by the response
+	last bool      // close after it
+
+	// SCSI response with Data-In in front.
+	scsi        bool
+	itt         uint32
+	status      uint8
+	failed      bool // service response: target failure
+	in          []byte
+	buf         *block.Buf // of in; freed after the write
+	over, under bool
+	residual    uint32
+	dataSN      uint32 // R2Ts sent, for ExpDataSN
+}
+
+func (o *response) size() int { return iscsi.BHSLen + len(o.data) + len(o.in) }
+
+// queue appends a response. The reader flushes by itself; anyone else calls kick.
+func (c *conn) queue(o response) {
+	c.out.Lock()
+	c.out.q = append(c.out.q, o)
+	c.out.pending += o.size()
+	c.out.Unlock()
+}
+
+// kick wakes the writer.
+func (c *conn) kick() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (c *conn) writer() {
+	defer c.srv.wg.Done()
+	for {
+		select {
+		case <-c.wake:
+			c.flush()
+		case <-c.closed:
+			c.flush() // returns the buffers
+			return
+		}
+	}
+}
+
+// flush writes everything queued, unless someone is at it: then that one, or the
+// writer, does.
+func (c *conn) flush() {
+	if !c.flushing.TryLock() {
+		c.kick()
+		return
+	}
+	defer c.flushing.Unlock()
+	for {
+		c.out.Lock()
+		q := c.out.q
+		c.out.q = c.spare[:0]
+		c.out.Unlock()
+		if len(q) == 0 {
+			c.spare = q
+			return
+		}
+		done := 0
+		for i := range q {
+			o := &q[i]
+			if !c.failed {
+				if err := c.encode(o); err != nil {
+					c.fail(err)
+				}
+			}
+			if c.w.Pending() >= 1<<20 || o.last || i == len(q)-1 {
+				c.send()
+				c.release(q[done : i+1])
+				done = i + 1
+			}
+			if o.last {
+				c.fail(errLoggedOut)
+			}
+		}
+		c.spare = q
+	}
+}
+
+func (c *conn) fail(err error) {
+	if !c.failed {
+		c.failed = true
+		c.shut(err)
+	}
+}
+
+func (c *conn) send() {
+	if c.failed {
+		return
+	}
+	if now := time.Now(); c.deadline.Sub(now) < c.srv.opt.SendTimeout/2 {
+		c.deadline = now.Add(c.srv.opt.SendTimeout)
+		if err := c.nc.SetWriteDeadline(c.deadline); err != nil {
+			c.fail(err)
+			return
+		}
+	}
+	if err := c.w.Flush(); err != nil {
+		c.fail(err)
+	}
+}
+
+// release frees what was written.
+func (c *conn) release(q []response) {
+	n := 0
+	for i := range q {
+		n += q[i].size()
+		q[i].buf.Free()
+		q[i] = response{}
+	}
+	c.out.Lock()
+	c.out.pending -= n
+	c.out.Unlock()
+	select {
+	case c.out.room <- struct{}{}:
+	default:
+	}
+}
+
+// encode gives a response its numbers and queues its PDUs.
+func (c *conn) encode(o *response) error {
+	exp, mx := c.s.window()
+	if o.scsi {
+		return c.encodeSCSI(o, exp, mx)
+	}
+	h := c.w.Begin()
+	switch p := o.pdu.(type) {
+	case *iscsi.R2T:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.statSN, exp, mx
+		p.Encode(h)
+	case *iscsi.NopIn:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.statSN, exp, mx
+		if p.ITT != iscsi.ReservedTag {
+			c.statSN++
+		}
+		p.Encode(h)
+	case *iscsi.TaskMgmtResponse:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
+		p.Encode(h)
+	case *iscsi.TextResponse:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
+		p.Encode(h)
+	case *iscsi.LogoutResponse:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
+		p.Encode(h)
+	case *iscsi.Async:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
+		p.Encode(h)
+	case *iscsi.Reject:
+		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
+		p.Encode(h)
+	default:
+		return fmt.Errorf("send %T: not a target's PDU", p)
+	}
+	return c.w.End(nil, o.data)
+}
+
+func (c *conn) stat() iscsi.Serial {
+	n := c.statSN
+	c.statSN++
+	return n
+}
+
+// encodeSCSI makes the Data-In sequences and the response, with the status in
+// the last Data-In where it is GOOD (§11.7.3).
+func (c *conn) encodeSCSI(o *response, exp, mx iscsi.Serial) error {
+	p := &c.s.params
+	var sn uint32
+	off, burst := 0, 0
+	collapse := o.status == 0 && !o.failed && len(o.data) == 0
+	for off < len(o.in) {
+		n := min(len(o.in)-off, c.w.MaxData, p.MaxBurstLength-burst)
+		d := iscsi.DataIn{ITT: o.itt, TTT: iscsi.ReservedTag, ExpCmdSN: exp, MaxCmdSN: mx, DataSN: sn, Offset: uint32(off)}
+		burst += n
+		end := off+n == len(o.in)
+		if end || burst == p.MaxBurstLength {
+			d.Final, burst = true, 0
+		}
+		if end && collapse {
+			d.HasStatus, d.Status, d.StatSN = true, o.status, c.stat()
+			d.Overflow, d.Underflow, d.Residual = o.over, o.under, o.residual
+		}
+		d.Encode(c.w.Begin())
+		if err := c.w.End(nil, o.in[off:off+n]); err != nil {
+			return err
+		}
+		off += n
+		sn++
+	}
+	if off > 0 && collapse {
+		return nil
+	}
+	r := iscsi.ScsiResponse{
+		Overflow: o.over, Underflow: o.under, Residual: o.residual, Status: o.status, ITT: o.itt,
+		StatSN: c.stat(), ExpCmdSN: exp, MaxCmdSN: mx, ExpDataSN: sn + o.dataSN,
+	}
+	if o.failed {
+		r.Response = iscsi.ResponseTargetFailure
+	}
+	r.Encode(c.w.Begin())
+	return c.w.End(nil, o.data)
+}
+
+// inlineLimit is how long a command that runs on the reader may take before the
+// reading goes on elsewhere.
+const inlineLimit = 2 * time.Millisecond
+
+// inline runs a task on the reader. If it takes long, another goroutine takes the
+// reader's role over, so that a stalled disk never delays a NOP answer; this one
+// finishes its command and ends.
+func (c *conn) inline(t *task) error {
+	c.srv.wg.Add(1) // for the other goroutine, while this one's own count holds the server open
+	if c.handoff == nil {
+		c.handoff = time.AfterFunc(inlineLimit, func() {
+			defer c.srv.wg.Done()
+			c.read()
+		})
+	} else {
+		c.handoff.Reset(inlineLimit)
+	}
+	t.run(context.Background())
+	if c.handoff.Stop() {
+		c.srv.wg.Done()
+		return nil
+	}
+	c.kick()
+	return errRoleGone
+}

@@ -1,0 +1,898 @@
+// Package target is the iSCSI target: portals, sessions and the SCSI device
+// server in front of block devices. It is configured level-triggered by Apply
+// and asks small interfaces of its own, Gate and Reservations, what a cluster
+// would know; it imports nothing of the cluster.
+//
+// A command's way: conn reads and frames it, session orders it by CmdSN, task
+// collects its Data-Out, check runs the checks of SPC-4 in their common order,
+// rangeQueue puts it behind what it overlaps, exec runs it between Gate.Enter
+// and Gate.Leave, conn writes the response.
+//
+// Lock order:
+//
+//	Server.applyMu
+//	└─ Server.mu
+//	   └─ session.mu
+//	      └─ rangeQueue.mu, pool.mu
+//	conn.flushing
+//	└─ session.mu, conn.out
+package target
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/blockhouse-san/blockhouse/iscsi"
+	"github.com/blockhouse-san/blockhouse/scsi"
+	"github.com/blockhouse-san/blockhouse/target/pr"
+)
+
+// Server serves targets. All methods may be called at the same time.
+type Server struct {
+	opt   Options
+	log   *zap.Logger
+	epoch time.Time // start, for now
+	stop  chan struct{}
+	wg    sync.WaitGroup
+
+	applyMu sync.Mutex // one Apply, Cut or Close at a time
+
+	mu        sync.Mutex
+	closed    bool
+	nodes     map[string]*node // by normalized IQN
+	listeners map[netip.AddrPort]*listener
+	sessions  map[uint16]*session
+	conns     map[*conn]struct{}
+	lus       map[string]*logicalUnit // by volume
+	local     map[string]*Local       // reservations kept over a removal, by volume
+	cut       map[string]uint64
+	lost      map[pr.Nexus]bool // nexuses whose session was lost, for UA 29/07
+	nextTSIH  uint16
+	seq       uint64
+	logins    int
+}
+
+// node is a target.
+type node struct {
+	iqn  string
+	conf atomic.Pointer[Target]
+	luns atomic.Pointer[map[scsi.LUN]*entry]
+	// removed is the login sequence at which a number lost its volume: older
+	// sessions must not see it under another one. Guarded by Server.mu.
+	removed map[scsi.LUN]uint64
+}
+
+func (n *node) entry(l scsi.LUN) *entry { return (*n.luns.Load())[l] }
+
+// units lists the logical units of the target, each once.
+func (n *node) units() (out []*logicalUnit) {
+	for _, e := range *n.luns.Load() {
+		if !slices.Contains(out, e.lu) {
+			out = append(out, e.lu)
+		}
+	}
+	return out
+}
+
+func (n *node) has(u *logicalUnit) bool {
+	for _, e := range *n.luns.Load() {
+		if e.lu == u {
+			return true
+		}
+	}
+	return false
+}
+
+type listener struct {
+	l    net.Listener
+	addr netip.AddrPort // as bound, with the real port
+	done chan struct{}
+}
+
+// New starts a server that serves nothing yet.
+func New(o Options) (*Server, error) {
+	if err := o.defaults(); err != nil {
+		return nil, fmt.Errorf("start target server: %w", err)
+	}
+	s := &Server{
+		opt: o, log: o.Logger, epoch: time.Now(), stop: make(chan struct{}),
+		nodes: map[string]*node{}, listeners: map[netip.AddrPort]*listener{}, sessions: map[uint16]*session{}, conns: map[*conn]struct{}{},
+		lus: map[string]*logicalUnit{}, local: map[string]*Local{}, cut: map[string]uint64{}, lost: map[pr.Nexus]bool{},
+	}
+	if o.NopInterval > 0 || o.StallLimit > 0 {
+		s.wg.Add(1)
+		go s.watch()
+	}
+	return s, nil
+}
+
+// now is a monotonic clock in ns.
+func (s *Server) now() int64 { return int64(time.Since(s.epoch)) }
+
+// Apply makes the server serve c. On an error of a portal nothing was changed.
+// When it returns, entries that are gone, or point elsewhere, have no command in
+// the backend any more: their devices may be closed.
+func (s *Server) Apply(c Config) error {
+	if err := c.Validate(); err != nil {
+		return err
+	}
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	s.mu.Lock()
+	closed := s.closed
+	s.mu.Unlock()
+	if closed {
+		return ErrClosed
+	}
+	opened, err := s.listen(&c)
+	if err != nil {
+		return err
+	}
+	var drop []*session
+	var drain sync.WaitGroup
+	attend := func(sess *session, u *logicalUnit, code scsi.ASC) { sess.attend(u, code) }
+
+	s.mu.Lock()
+	want := map[string]*Target{}
+	for i := range c.Targets {
+		t := c.Targets[i]
+		t.LUNs = slices.Clone(t.LUNs) // the caller keeps its own
+		want[iscsi.NormalizeName(t.IQN)] = &t
+	}
+	byNode := map[*node][]*session{}
+	for _, sess := range s.sessions {
+		if sess.tgt != nil {
+			byNode[sess.tgt] = append(byNode[sess.tgt], sess)
+		}
+	}
+	for name, n := range s.nodes {
+		if want[name] == nil {
+			drop = append(drop, byNode[n]...)
+			delete(s.nodes, name)
+		}
+	}
+	// Logical units are made or kept by volume, so that all targets share them.
+	lus := map[string]*logicalUnit{}
+	for _, t := range want {
+		for i := range t.LUNs {
+			l := &t.LUNs[i]
+			if lus[l.Volume] != nil {
+				continue
+			}
+			if u := s.lus[l.Volume]; u != nil && u.same(l) {
+				u.groups.Store(&l.Groups)
+				lus[l.Volume] = u
+				continue
+			}
+			if l.Reservations == nil {
+				if s.local[l.Volume] == nil {
+					s.local[l.Volume] = NewLocal()
+				}
+				l.Reservations = s.local[l.Volume]
+			}
+			lus[l.Volume] = newLogicalUnit(l, &s.wg)
+		}
+	}
+	type removal struct {
+		sess *session
+		u    *logicalUnit
+	}
+	var removals []removal
+	for name, t := range want {
+		n := s.nodes[name]
+		if n == nil {
+			n = &node{iqn: name, removed: map[scsi.LUN]uint64{}}
+			n.luns.Store(&map[scsi.LUN]*entry{})
+			s.nodes[name] = n
+		}
+		old := *n.luns.Load()
+		luns := make(map[scsi.LUN]*entry, len(t.LUNs))
+		changed, reset := false, false
+		for i := range t.LUNs {
+			l := &t.LUNs[i]
+			e := &entry{num: l.Number, gen: l.Generation, lu: lus[l.Volume], readOnly: l.ReadOnly}
+			o := old[l.Number]
+			switch {
+			case o == nil:
+				changed = true
+				if at, ok := n.removed[l.Number]; ok {
+					for _, sess := range byNode[n] {
+						if sess.seq <= at {
+							drop = append(drop, sess)
+						}
+					}
+				}
+			case o.gen == e.gen && o.lu == e.lu && o.readOnly == e.readOnly:
+				e = o
+			default:
+				reset = true
+			}
+			luns[l.Number] = e
+		}
+		for num, o := range old {
+			if luns[num] == nil {
+				changed = true
+				n.removed[num] = s.seq
+				for _, sess := range byNode[n] {
+					removals = append(removals, removal{sess, o.lu})
+				}
+			}
+		}
+		if oc := n.conf.Load(); oc != nil && oc.TPGT != t.TPGT {
+			reset = true
+		}
+		n.conf.Store(t)
+		n.luns.Store(&luns)
+		if reset {
+			drop = append(drop, byNode[n]...)
+		} else {
+			for _, sess := range byNode[n] {
+				if !t.ACL.Allows(sess.name, sess.conn.remote.Addr()) {
+					drop = append(drop, sess)
+				} else if changed {
+					for _, u := range n.units() {
+						attend(sess, u, scsi.ASCReportedLunsChanged)
+					}
+				}
+			}
+		}
+	}
+	for v, u := range s.lus {
+		if lus[v] == u {
+			continue
+		}
+		// Everything that runs on the old unit ends before Apply returns.
+		for _, sess := range s.sessions {
+			removals = append(removals, removal{sess, u})
+		}
+	}
+	s.lus = lus
+	for _, u := range lus {
+		if size := u.dev.Info().Size; u.size.Swap(size) != size {
+			for n, ss := range byNode {
+				for _, sess := range ss {
+					if n.has(u) {
+						attend(sess, u, scsi.ASCCapacityChanged)
+					}
+				}
+			}
+		}
+	}
+	for name, epoch := range c.Cut {
+		name = iscsi.NormalizeName(name)
+		if s.cut[name] < epoch {
+			s.cut[name] = epoch
+		}
+	}
+	for name := range s.cut {
+		if !hasName(c.Cut, name) {
+			delete(s.cut, name) // admitted again
+		}
+	}
+	for _, sess := range s.sessions {
+		if _, ok := s.cut[sess.name]; ok {
+			drop = append(drop, sess)
+		}
+	}
+	var closing []*listener
+	ports := s.wanted(&c)
+	for a, l := range s.listeners {
+		if !slices.Contains(ports, a) {
+			delete(s.listeners, a)
+			closing = append(closing, l)
+		}
+	}
+	for a, l := range opened {
+		s.listeners[a] = l
+		s.wg.Add(1)
+		go s.accept(l)
+	}
+	s.mu.Unlock()
+
+	for _, l := range closing {
+		_ = l.l.Close()
+		<-l.done
+	}
+	for _, r := range removals {
+		drain.Add(1)
+		r.sess.abort(func(t *task) bool { return t.lu == r.u }, drain.Done)
+	}
+	for _, sess := range drop {
+		sess.end(errReconfigured)
+		drain.Add(1)
+		go func() { defer drain.Done(); <-sess.drained }()
+	}
+	drain.Wait()
+	return nil
+}
+
+func hasName(m map[string]uint64, name string) bool {
+	for k := range m {
+		if iscsi.NormalizeName(k) == name {
+			return true
+		}
+	}
+	return false
+}
+
+var errReconfigured = errors.New("the target's configuration changed")
+
+func (s *Server) wanted(c *Config) (out []netip.AddrPort) {
+	for i := range c.Targets {
+		for _, p := range c.Targets[i].Portals {
+			if !slices.Contains(out, p) {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
+}
+
+// listen opens the portals that are not open yet.
+func (s *Server) listen(c *Config) (map[netip.AddrPort]*listener, error) {
+	opened := map[netip.AddrPort]*listener{}
+	for _, p := range s.wanted(c) {
+		s.mu.Lock()
+		have := s.listeners[p] != nil
+		s.mu.Unlock()
+		if have {
+			continue
+		}
+		l, err := net.Listen("tcp", p.String())
+		if err != nil {
+			for _, o := range opened {
+				_ = o.l.Close()
+			}
+			if errors.Is(err, syscall.EADDRINUSE) {
+				return nil, fmt.Errorf("open portal %s: %w%s: stop that program or choose another port", p, ErrPortBusy, portHolder(p))
+			}
+			return nil, fmt.Errorf("open portal %s: %w", p, err)
+		}
+		opened[p] = &listener{l: l, addr: addrPort(l.Addr()), done: make(chan struct{})}
+	}
+	return opened, nil
+}
+
+// portHolder names the process that listens on a port, from /proc.
+func portHolder(p netip.AddrPort) string {
+	inodes := map[string]bool{}
+	want := fmt.Sprintf(":%04X", p.Port())
+	for _, f := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		b, err := os.Open(f)
+		if err != nil {
+			continue
+		}
+		for sc := bufio.NewScanner(b); sc.Scan(); {
+			w := strings.Fields(sc.Text())
+			if len(w) > 9 && w[3] == "0A" && strings.HasSuffix(w[1], want) {
+				inodes["socket:["+w[9]+"]"] = true
+			}
+		}
+		_ = b.Close()
+	}
+	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err == nil && inodes[to] {
+			pid := strings.Split(fd, "/")[2]
+			name, _ := os.ReadFile("/proc/" + pid + "/comm")
+			return fmt.Sprintf(" by pid %s (%s)", pid, strings.TrimSpace(string(name)))
+		}
+	}
+	return ""
+}
+
+// Addr is where a portal of the configuration is really bound: it tells the port
+// when the configuration says 0.
+func (s *Server) Addr(p netip.AddrPort) (netip.AddrPort, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := s.listeners[p]
+	if l == nil {
+		return netip.AddrPort{}, false
+	}
+	return l.addr, true
+}
+
+func (s *Server) accept(l *listener) {
+	defer s.wg.Done()
+	defer close(l.done)
+	var wait time.Duration
+	for {
+		nc, err := l.l.Accept()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// Out of file descriptors and the like: try again, not in a spin.
+			wait = min(max(2*wait, 5*time.Millisecond), time.Second)
+			s.log.Warn("accept failed", zap.Stringer("portal", l.addr), zap.Error(err))
+			select {
+			case <-time.After(wait):
+				continue
+			case <-s.stop:
+				return
+			}
+		}
+		wait = 0
+		s.mu.Lock()
+		if s.closed || s.logins >= s.opt.MaxLogins {
+			s.mu.Unlock()
+			_ = nc.Close()
+			continue
+		}
+		s.logins++
+		c := newConn(s, nc)
+		s.conns[c] = struct{}{}
+		s.wg.Add(1)
+		s.mu.Unlock()
+		go func() {
+			defer s.wg.Done()
+			c.serve()
+		}()
+	}
+}
+
+func (s *Server) loginDone() {
+	s.mu.Lock()
+	s.logins--
+	s.mu.Unlock()
+}
+
+func (s *Server) dropConn(c *conn) {
+	s.mu.Lock()
+	delete(s.conns, c)
+	s.mu.Unlock()
+}
+
+// forget takes an ended session off the list.
+func (s *Server) forget(sess *session) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.sessions[sess.tsih] == sess {
+		delete(s.sessions, sess.tsih)
+	}
+	if sess.tgt != nil {
+		if len(s.lost) > 65536 {
+			clear(s.lost)
+		}
+		s.lost[sess.nexus] = true
+	}
+}
+
+// admit decides on a login (facts/iscsi.md §2.4).
+func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
+	no := func(st iscsi.LoginStatus) iscsi.Admission { return iscsi.Admission{Status: st} }
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return no(iscsi.StatusServiceUnavailable)
+	}
+	if _, ok := s.cut[id.InitiatorName]; ok {
+		return no(iscsi.StatusForbidden)
+	}
+	if id.Discovery {
+		return iscsi.Admission{}
+	}
+	n := s.nodes[id.TargetName]
+	if n == nil {
+		return no(iscsi.StatusNotFound)
+	}
+	t := n.conf.Load()
+	if !s.reachable(t, c) {
+		return no(iscsi.StatusNotFound)
+	}
+	if !t.ACL.Allows(id.InitiatorName, c.remote.Addr()) {
+		return no(iscsi.StatusForbidden)
+	}
+	if t.Offline {
+		return no(iscsi.StatusServiceUnavailable)
+	}
+	if id.TSIH != 0 {
+		if x := s.sessions[id.TSIH]; x == nil || x.tgt != n || x.name != id.InitiatorName || x.isid != id.ISID {
+			return no(iscsi.StatusNoSession)
+		}
+		return no(iscsi.StatusTooManyConnections)
+	}
+	for _, u := range n.units() {
+		if err := u.gate.Enter(u.gate.Incarnation(), OpLogin); err != nil {
+			if errors.Is(err, ErrStandby) || errors.Is(err, ErrUnavailable) || errors.Is(err, ErrNotReady) {
+				continue // such a port takes logins and answers for its state
+			}
+			return no(iscsi.StatusServiceUnavailable)
+		}
+		if err := u.gate.Leave(u.gate.Incarnation(), OpLogin); err != nil {
+			return no(iscsi.StatusServiceUnavailable)
+		}
+	}
+	return iscsi.Admission{Alias: t.Alias, TPGT: t.TPGT}
+}
+
+// reachable tells whether the connection came through a portal of the target.
+func (s *Server) reachable(t *Target, c *conn) bool {
+	for _, p := range t.Portals {
+		l := s.listeners[p]
+		if l != nil && l.addr.Port() == c.local.Port() && (p.Addr().IsUnspecified() || p.Addr().Unmap() == c.local.Addr()) {
+			return true
+		}
+	}
+	return false
+}
+
+// start makes the session of a login that succeeded.
+func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16, iscsi.LoginStatus) {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return 0, iscsi.StatusServiceUnavailable
+	}
+	if _, ok := s.cut[id.InitiatorName]; ok {
+		s.mu.Unlock()
+		return 0, iscsi.StatusForbidden
+	}
+	x := &session{
+		srv: s, isid: id.ISID, name: id.InitiatorName, alias: id.InitiatorAlias, user: id.User, params: p, since: time.Now(), conn: c,
+		in: map[*logicalUnit]Incarnation{}, tasks: map[uint32]*task{}, drained: make(chan struct{}),
+	}
+	var old *session
+	var units []*logicalUnit
+	code := scsi.ASCPowerOn
+	if !id.Discovery {
+		n := s.nodes[id.TargetName]
+		if n == nil {
+			s.mu.Unlock()
+			return 0, iscsi.StatusNotFound
+		}
+		x.tgt = n
+		x.nexus = pr.Nexus{ID: scsi.TransportID{Name: id.InitiatorName, ISID: id.ISID, HasISID: true}, Port: n.conf.Load().RelPort}
+		for _, o := range s.sessions {
+			if o.tgt == n && o.nexus == x.nexus {
+				old = o
+			}
+		}
+		units = n.units()
+		for _, u := range units {
+			x.in[u] = u.gate.Incarnation()
+		}
+		if old != nil || s.lost[x.nexus] {
+			code = scsi.ASCNexusLoss
+		}
+		delete(s.lost, x.nexus)
+	}
+	tsih := s.nextTSIH
+	for range 1 << 16 {
+		if tsih++; tsih != 0 && s.sessions[tsih] == nil {
+			break
+		}
+	}
+	if tsih == 0 || s.sessions[tsih] != nil {
+		s.mu.Unlock()
+		return 0, iscsi.StatusOutOfResources
+	}
+	s.nextTSIH, x.tsih = tsih, tsih
+	s.seq++
+	x.seq = s.seq
+	s.sessions[tsih] = x
+	c.loginCID = id.CID
+	c.s = x
+	x.log = c.log.With(zap.String("initiator", x.name), zap.Uint16("tsih", tsih))
+	if x.tgt != nil {
+		x.log = x.log.With(zap.String("target", x.tgt.iqn))
+	}
+	c.log = x.log
+	s.mu.Unlock()
+	if old != nil {
+		// Reinstatement (§6.3.5). Writes of the old session that still run keep
+		// their place in the range queues in front of the new one's.
+		old.end(errReinstated)
+		s.mu.Lock()
+		delete(s.lost, x.nexus)
+		s.mu.Unlock()
+	}
+	for _, u := range units {
+		x.attend(u, code)
+	}
+	x.log.Info("session started", zap.Stringer("isid", x.isid), zap.Bool("discovery", id.Discovery))
+	return tsih, iscsi.StatusSuccess
+}
+
+var errReinstated = errors.New("the initiator logged in again")
+
+// sendTargets answers SendTargets (RFC 7143 annex C).
+func (s *Server) sendTargets(c *conn, what string) (out []iscsi.Pair) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	discovery := c.s.tgt == nil
+	var names []string
+	switch {
+	case what == "All" && discovery:
+		for name := range s.nodes {
+			names = append(names, name)
+		}
+		slices.Sort(names)
+	case what == "" && !discovery:
+		names = []string{c.s.tgt.iqn}
+	case what != "" && what != "All":
+		names = []string{iscsi.NormalizeName(what)}
+	default:
+		return []iscsi.Pair{{Key: iscsi.KeySendTargets, Value: iscsi.Rejected}}
+	}
+	for _, name := range names {
+		n := s.nodes[name]
+		if n == nil {
+			continue
+		}
+		t := n.conf.Load()
+		if !t.ACL.Allows(c.s.name, c.remote.Addr()) {
+			continue
+		}
+		out = append(out, iscsi.Pair{Key: iscsi.KeyTargetName, Value: name})
+		for _, p := range t.Portals {
+			l := s.listeners[p]
+			if l == nil {
+				continue
+			}
+			a := p.Addr()
+			if a.IsUnspecified() {
+				a = c.local.Addr()
+			}
+			tp := iscsi.Portal{Host: a.String(), Port: l.addr.Port(), TPGT: t.TPGT, HasTPGT: true}
+			out = append(out, iscsi.Pair{Key: iscsi.KeyTargetAddress, Value: tp.String()})
+		}
+	}
+	return out
+}
+
+func (s *Server) list() []*session {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*session, 0, len(s.sessions))
+	for _, x := range s.sessions {
+		out = append(out, x)
+	}
+	slices.SortFunc(out, func(a, b *session) int { return int(a.seq) - int(b.seq) })
+	return out
+}
+
+func (s *Server) sessionsOf(n *node) (out []*session) {
+	for _, x := range s.list() {
+		if x.tgt == n {
+			out = append(out, x)
+		}
+	}
+	return out
+}
+
+// clear aborts every task of some logical units, of every session, tells the
+// other nexuses with code, and calls done when all tasks have ended. reset ends
+// what a reset ends.
+func (s *Server) clear(us []*logicalUnit, by *session, code scsi.ASC, reset bool, done func()) {
+	g := &group{done: done}
+	for _, x := range s.list() {
+		if x.tgt == nil {
+			continue
+		}
+		for _, u := range us {
+			if !x.tgt.has(u) {
+				continue
+			}
+			if x == by {
+				x.buryAll(u) // on its own reader
+			}
+			n := x.abortInto(g, func(t *task) bool { return t.lu == u })
+			if x != by && (reset || n > 0) {
+				x.attend(u, code)
+			}
+		}
+	}
+	if reset {
+		for _, u := range us {
+			u.medium.reset()
+			u.mode.reset()
+			if _, err := u.res.Apply(context.Background(), pr.Request{Kind: pr.KindReset, Nexus: by.nexus}); err != nil {
+				s.log.Warn("release reservation at reset", zap.String("volume", u.volume), zap.Error(err))
+			}
+		}
+	}
+	g.release()
+}
+
+// notify queues the attentions of a reservation change.
+func (s *Server) notify(u *logicalUnit, as []pr.Attention) {
+	if len(as) == 0 {
+		return
+	}
+	for _, x := range s.list() {
+		if x.tgt == nil || !x.tgt.has(u) {
+			continue
+		}
+		for _, a := range as {
+			if a.Nexus.ID == x.nexus.ID && (a.AllPorts || a.Nexus.Port == x.nexus.Port) {
+				x.attend(u, a.Code)
+			}
+		}
+	}
+}
+
+// Sessions is a snapshot of all sessions, in order of login.
+func (s *Server) Sessions() []SessionInfo {
+	var out []SessionInfo
+	for _, x := range s.list() {
+		out = append(out, x.info())
+	}
+	return out
+}
+
+// ResetSessions drops the sessions that match without a status for what is in
+// progress, and returns their number when none of their commands is in the
+// backend any more.
+func (s *Server) ResetSessions(match func(SessionInfo) bool) int {
+	var out []*session
+	for _, x := range s.list() {
+		if match(x.info()) {
+			x.end(errReset)
+			out = append(out, x)
+		}
+	}
+	for _, x := range out {
+		<-x.drained
+	}
+	return len(out)
+}
+
+var (
+	errReset = errors.New("session was reset")
+	errCut   = errors.New("the initiator was fenced")
+)
+
+// CutInitiator fences initiators: they cannot log in until a later Apply leaves
+// them out of Config.Cut; their sessions are dropped, their commands aborted,
+// their reservations and registrations ended. It returns nil when none of their
+// commands is in the backend any more, which is what a Cut acknowledgement
+// promises; with an error of ctx the cut is in force but not yet drained.
+func (s *Server) CutInitiator(ctx context.Context, names []string, epoch uint64) error {
+	norm := make([]string, len(names))
+	for i, n := range names {
+		norm[i] = iscsi.NormalizeName(n)
+	}
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	for _, n := range norm {
+		s.cut[n] = max(s.cut[n], epoch)
+	}
+	s.mu.Unlock()
+	var victims []*session
+	for _, x := range s.list() {
+		if slices.Contains(norm, x.name) {
+			x.end(errCut)
+			victims = append(victims, x)
+		}
+	}
+	for _, x := range victims {
+		select {
+		case <-x.drained:
+		case <-ctx.Done():
+			return fmt.Errorf("cut initiators %s at epoch %d: their I/O has not ended: %w", strings.Join(norm, ", "), epoch, ctx.Err())
+		}
+	}
+	s.mu.Lock()
+	var us []*logicalUnit
+	for _, u := range s.lus {
+		us = append(us, u)
+	}
+	s.mu.Unlock()
+	for _, u := range us {
+		r, err := u.res.Apply(ctx, pr.Request{Kind: pr.KindPurge, Names: norm})
+		if err != nil {
+			return fmt.Errorf("cut initiators %s at epoch %d: end their reservations on volume %s: %w", strings.Join(norm, ", "), epoch, u.volume, err)
+		}
+		s.notify(u, r.Notify)
+	}
+	return nil
+}
+
+// watch pings silent connections and notices when it did not run itself.
+func (s *Server) watch() {
+	defer s.wg.Done()
+	tick := s.opt.NopInterval / 4
+	if tick <= 0 || s.opt.StallLimit > 0 && s.opt.StallLimit/4 < tick {
+		tick = s.opt.StallLimit / 4
+	}
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	last := s.now()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-t.C:
+		}
+		now := s.now()
+		if stall := time.Duration(now - last); s.opt.StallLimit > 0 && stall > s.opt.StallLimit {
+			s.log.Error("the server stalled: every connection is reset", zap.Duration("stall", stall))
+			for _, x := range s.list() {
+				x.end(errStalled)
+			}
+		}
+		last = now
+		if s.opt.NopInterval > 0 {
+			for _, x := range s.list() {
+				x.conn.probe(now)
+			}
+		}
+	}
+}
+
+var (
+	errStalled = errors.New("the server stalled")
+	errSilent  = errors.New("the initiator does not answer a NOP-In")
+)
+
+func (c *conn) probe(now int64) {
+	read := c.lastRead.Load()
+	sent := c.pinged.Load()
+	switch {
+	case sent != 0 && read > sent: // whatever it sent, it lives
+		c.pinged.Store(0)
+	case sent != 0:
+		if now-sent > int64(c.srv.opt.NopTimeout) {
+			c.shut(errSilent)
+		}
+	case now-read > int64(c.srv.opt.NopInterval):
+		c.pinged.Store(now)
+		c.queue(response{pdu: &iscsi.NopIn{ITT: iscsi.ReservedTag, TTT: pingTTT}})
+		c.kick()
+	}
+}
+
+// pingTTT is the tag of every ping: a valid one, because initiators answer only
+// those (facts/iscsi.md §4, row 23). conn.ttt starts at 1 and skips it in practice.
+const pingTTT = 0xFFFFFFFE
+
+// Close refuses new logins, ends all sessions and returns when every command has
+// left its backend and every goroutine is gone. Devices are the caller's.
+func (s *Server) Close() error {
+	s.applyMu.Lock()
+	defer s.applyMu.Unlock()
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	s.closed = true
+	ls := s.listeners
+	s.listeners = map[netip.AddrPort]*listener{}
+	var cs []*conn
+	for c := range s.conns {
+		cs = append(cs, c)
+	}
+	s.mu.Unlock()
+	close(s.stop)
+	for _, l := range ls {
+		_ = l.l.Close()
+	}
+	for _, c := range cs {
+		c.shut(ErrClosed)
+	}
+	for _, x := range s.list() {
+		x.end(ErrClosed)
+	}
+	s.wg.Wait()
+	return nil
+}

@@ -1,0 +1,738 @@
+package target
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/blockhouse-san/blockhouse/block"
+	"github.com/blockhouse-san/blockhouse/iscsi"
+	"github.com/blockhouse-san/blockhouse/scsi"
+)
+
+// taskState is where a task is. It only grows.
+type taskState uint8
+
+const (
+	stateReceive taskState = iota // its Data-Out is not complete, or it waits for its turn
+	stateQueue                    // complete, in the range queue
+	stateRun                      // may be in the backend
+	stateDone
+)
+
+// task is a SCSI command.
+type task struct {
+	s         *session
+	c         *conn
+	itt       uint32
+	immediate bool
+	final     bool // no unsolicited Data-Out follows
+	read      bool
+	write     bool
+	edtl      uint32
+	wireLUN   iscsi.LUN
+
+	ent *entry       // nil: no such LUN
+	lu  *logicalUnit // of ent
+	cdb scsi.CDB
+	bad error // of CDB decoding
+	h   *handler
+
+	// Data-Out. buf holds the first want bytes of what the initiator sends; the
+	// rest up to edtl is received and dropped.
+	buf     *block.Buf
+	want    int
+	arrived int // bytes of [0, edtl) received in order
+	unsolSN uint32
+	r2ts    []r2t // outstanding
+	r2tSN   uint32
+	asked   int  // bytes up to which R2Ts were sent
+	early   bool // the command has had its turn (deliver ran)
+	verdict *outcome
+
+	lock   rangeLock
+	locked bool
+	pooled bool // runs on a worker of the pool
+
+	// Guarded by s.mu.
+	state   taskState
+	aborted bool
+	reading bool // the connection's reader copies into buf
+	ends    []func()
+}
+
+type r2t struct {
+	ttt         uint32
+	off, length uint32
+	got         uint32
+	dataSN      uint32
+}
+
+// outcome is how a command ends.
+type outcome struct {
+	status scsi.Status
+	sense  *scsi.Sense
+	data   []byte     // data-in
+	buf    *block.Buf // that data lies in, or nil
+	moved  uint64     // bytes that the CDB asks for, when more than data holds
+}
+
+// maxTransfer is the largest data phase of one command in bytes, as VPD page B0
+// says it.
+const maxTransfer = 4 << 20
+
+// maxTombs bounds the tags that are remembered for stray Data-Out.
+const maxTombs = 4096
+
+func (c *conn) onCommand(b *iscsi.BHS) error {
+	var p iscsi.ScsiCommand
+	if err := p.Decode(b); err != nil {
+		return err
+	}
+	if err := p.DecodeAHS(c.r.AHS()); err != nil {
+		return err
+	}
+	s := c.s
+	imm := c.r.DataLen()
+	if !p.Immediate && !s.inWindow(p.CmdSN) {
+		return c.r.DiscardData() // §4.2.2.1: silently
+	}
+	perr := func(why string) error {
+		return &iscsi.ProtocolError{Reason: iscsi.RejectProtocolError, Opcode: iscsi.OpScsiCommand, Fatal: true, Why: why}
+	}
+	switch {
+	case imm > 0 && !p.Write:
+		return perr("data segment in a command that does not write")
+	case uint32(imm) > p.EDTL:
+		return perr("immediate data exceed the expected data transfer length")
+	case imm > 0 && !s.params.ImmediateData:
+		return perr("immediate data were negotiated off")
+	case imm > s.params.FirstBurstLength:
+		return perr("immediate data exceed FirstBurstLength")
+	case !p.Final && s.params.InitialR2T:
+		return perr("unsolicited data were negotiated off")
+	}
+	t := &task{
+		s: s, c: c, itt: p.ITT, immediate: p.Immediate, final: p.Final, read: p.Read, write: p.Write, edtl: p.EDTL, wireLUN: p.LUN,
+	}
+	t.prepare(&p)
+	if ok, tooMany := s.add(t); !ok {
+		if tooMany {
+			return &iscsi.ProtocolError{Reason: iscsi.RejectTooManyImmediate, Opcode: iscsi.OpScsiCommand, Why: "too many immediate commands"}
+		}
+		return &iscsi.ProtocolError{Reason: iscsi.RejectTaskInProgress, Opcode: iscsi.OpScsiCommand, Why: "initiator task tag is in use"}
+	}
+	s.stats.commands.Add(1)
+	delete(c.tombs, t.itt)
+	if imm > 0 {
+		if err := t.receive(0, imm); err != nil {
+			return err
+		}
+		t.arrived = imm
+	}
+	var verdict error
+	if !s.order(p.CmdSN, p.Immediate, func() { verdict = t.deliver() }) {
+		t.end()
+	}
+	return verdict
+}
+
+// prepare finds the logical unit and decodes the CDB: what does not depend on
+// the order of commands.
+func (t *task) prepare(p *iscsi.ScsiCommand) {
+	if n, ok := p.LUN.Number(); ok {
+		if t.ent = t.s.tgt.entry(scsi.LUN(n)); t.ent != nil {
+			t.lu = t.ent.lu
+		}
+	}
+	t.cdb, t.bad = scsi.Decode(p.CDB[:])
+	if t.bad == nil {
+		t.h = handlers[t.cdb.Cmd]
+	}
+	if t.bad != nil || t.h == nil || t.lu == nil || !t.write || t.cdb.Direction() != scsi.DirOut {
+		return
+	}
+	n := min(t.cdb.TransferLength(t.lu.blockSize()), uint64(t.edtl))
+	if t.cdb.Cmd.Xfer == scsi.XferFormat {
+		n = uint64(t.edtl)
+	}
+	if n > maxTransfer {
+		return // refused by deliver
+	}
+	t.want = int(n)
+	if n > 0 {
+		t.buf = block.Get(t.want)
+	}
+}
+
+// receive reads n bytes of the current data segment to offset off, dropping what
+// lies behind want. It runs on the reader.
+func (t *task) receive(off, n int) error {
+	t.s.mu.Lock()
+	keep := 0
+	if !t.aborted && t.state == stateReceive {
+		keep = min(n, max(0, t.want-off))
+		t.reading = true
+	}
+	t.s.mu.Unlock()
+	var err error
+	if keep > 0 {
+		err = t.c.r.ReadData(t.buf.B[off : off+keep])
+	}
+	if err == nil {
+		err = t.c.r.DiscardData()
+	}
+	t.s.mu.Lock()
+	t.reading = false
+	dead := t.aborted && t.state == stateReceive
+	t.s.mu.Unlock()
+	if dead {
+		t.end()
+	}
+	return err
+}
+
+// gone tells whether the task was aborted or has ended.
+func (t *task) gone() bool {
+	t.s.mu.Lock()
+	defer t.s.mu.Unlock()
+	return t.aborted || t.state == stateDone
+}
+
+// complete tells whether the task has all its data: its buffer is the backend's.
+func (t *task) complete() bool {
+	t.s.mu.Lock()
+	defer t.s.mu.Unlock()
+	return t.state == stateQueue || t.state == stateRun
+}
+
+// deliver gives the command to the device server, in order of CmdSN. It runs on
+// the reader.
+func (t *task) deliver() error {
+	if t.gone() {
+		return nil
+	}
+	t.early = true
+	if o := t.check(); o != nil {
+		t.verdict = o
+		t.want = 0
+	}
+	return t.advance()
+}
+
+// unsolicitedEnd is the offset at which unsolicited data end.
+func (t *task) unsolicitedEnd() int {
+	return int(min(uint64(t.edtl), uint64(t.s.params.FirstBurstLength)))
+}
+
+// advance does what is next for a task that has had its turn: wait for
+// unsolicited data, ask for more, or go on to the range queue.
+func (t *task) advance() error {
+	if !t.early || !t.final {
+		return nil
+	}
+	if t.verdict != nil {
+		t.respond(*t.verdict)
+		return nil
+	}
+	if t.arrived < t.want {
+		t.ask()
+		return nil
+	}
+	return t.ready()
+}
+
+// ask sends R2Ts as far as allowed.
+func (t *task) ask() {
+	p := &t.s.params
+	if t.asked < t.arrived {
+		t.asked = t.arrived
+	}
+	for len(t.r2ts) < p.MaxOutstandingR2T && t.asked < t.want {
+		n := min(t.want-t.asked, p.MaxBurstLength)
+		r := r2t{ttt: t.c.ttt(), off: uint32(t.asked), length: uint32(n)}
+		t.r2ts = append(t.r2ts, r)
+		t.c.queue(response{pdu: &iscsi.R2T{LUN: t.wireLUN, ITT: t.itt, TTT: r.ttt, R2TSN: t.r2tSN, Offset: r.off, Length: r.length}})
+		t.r2tSN++
+		t.asked += n
+	}
+}
+
+// bury lets stray Data-Out of a task that ended early pass silently.
+func (c *conn) bury(itt uint32) {
+	if len(c.tombs) >= maxTombs {
+		clear(c.tombs)
+	}
+	c.tombs[itt] = struct{}{}
+}
+
+func (c *conn) onDataOut(b *iscsi.BHS) error {
+	var p iscsi.DataOut
+	if err := p.Decode(b); err != nil {
+		return err
+	}
+	s := c.s
+	s.mu.Lock()
+	t := s.tasks[p.ITT]
+	s.mu.Unlock()
+	n := c.r.DataLen()
+	if t != nil && t.complete() {
+		return c.r.DiscardData() // more than it needs: nobody asked, nothing is stored
+	}
+	if t == nil || t.gone() {
+		if _, known := c.tombs[p.ITT]; known || t != nil {
+			return c.r.DiscardData()
+		}
+		return &iscsi.ProtocolError{Reason: iscsi.RejectInvalidField, Opcode: iscsi.OpDataOut, Why: "no such task"}
+	}
+	// A sequence that is wrong ends the task at once, and what still comes for it
+	// is dropped: it must never be GOOD and never hang.
+	wrong := func(code scsi.ASC, why string) error {
+		c.log.Warn("bad Data-Out", zap.String("why", why), zap.Uint32("itt", p.ITT), zap.Uint32("ttt", p.TTT),
+			zap.Uint32("data_sn", p.DataSN), zap.Uint32("offset", p.Offset), zap.Int("length", n))
+		if err := c.r.DiscardData(); err != nil {
+			return err
+		}
+		c.bury(t.itt)
+		if t.early {
+			t.respond(outcome{status: scsi.StatusCheckCondition, sense: scsi.Check(scsi.AbortedCommand, code)})
+		} else {
+			t.final, t.want = true, 0
+			t.verdict = &outcome{status: scsi.StatusCheckCondition, sense: scsi.Check(scsi.AbortedCommand, code)}
+		}
+		return nil
+	}
+	if p.TTT == iscsi.ReservedTag {
+		end := t.unsolicitedEnd()
+		switch {
+		case t.final:
+			return wrong(scsi.ASCUnexpectedUnsolicited, "unsolicited data after the final bit")
+		case p.DataSN != t.unsolSN:
+			return wrong(scsi.ASCDataPhase, "DataSN is out of order")
+		case uint64(p.Offset) != uint64(t.arrived):
+			return wrong(scsi.ASCDataOffset, "buffer offset is out of order")
+		case uint64(p.Offset)+uint64(n) > uint64(end):
+			return wrong(scsi.ASCTooMuchWriteData, "unsolicited data exceed FirstBurstLength or the expected length")
+		case p.Final && t.arrived+n < end && t.arrived+n < t.want && t.verdict == nil:
+			// §11.3.1: with F=0 the initiator sends FirstBurstLength bytes or all.
+			return wrong(scsi.ASCNotEnoughUnsolicited, "unsolicited data end early")
+		case !p.Final && t.arrived+n >= end:
+			return wrong(scsi.ASCDataPhase, "the final bit is missing at the end of the first burst")
+		}
+		if err := t.receive(t.arrived, n); err != nil {
+			return err
+		}
+		t.arrived += n
+		t.unsolSN++
+		t.final = p.Final
+		if t.gone() {
+			return nil
+		}
+		return t.advance()
+	}
+	i := -1
+	for k := range t.r2ts {
+		if t.r2ts[k].ttt == p.TTT {
+			i = k
+		}
+	}
+	if i < 0 {
+		return wrong(scsi.ASCInvalidTTT, "target transfer tag is not outstanding")
+	}
+	r := &t.r2ts[i]
+	switch {
+	case p.LUN != t.wireLUN:
+		return wrong(scsi.ASCDataPhase, "LUN differs from the command's")
+	case p.DataSN != r.dataSN:
+		return wrong(scsi.ASCDataPhase, "DataSN is out of order")
+	case uint64(p.Offset) != uint64(r.off)+uint64(r.got):
+		return wrong(scsi.ASCDataOffset, "buffer offset is out of order")
+	case uint64(r.got)+uint64(n) > uint64(r.length):
+		return wrong(scsi.ASCTooMuchWriteData, "more data than the R2T asked for")
+	case p.Final != (r.got+uint32(n) == r.length):
+		return wrong(scsi.ASCDataPhase, "the final bit does not stand at the end of the sequence")
+	}
+	if err := t.receive(int(p.Offset), n); err != nil {
+		return err
+	}
+	if t.gone() {
+		return nil
+	}
+	r.got += uint32(n)
+	r.dataSN++
+	t.arrived += n
+	if p.Final {
+		t.r2ts = append(t.r2ts[:i], t.r2ts[i+1:]...)
+	}
+	return t.advance()
+}
+
+// ready queues a complete command behind those it overlaps, or runs it.
+func (t *task) ready() error {
+	s := t.s
+	granted := true
+	s.mu.Lock()
+	if t.aborted || t.state != stateReceive {
+		s.mu.Unlock()
+		return nil
+	}
+	if lo, hi, excl, need := t.span(); need {
+		t.lock = rangeLock{lo: lo, hi: hi, excl: excl, t: t}
+		t.locked = true
+		t.state = stateQueue
+		granted = t.lu.ranges.add(&t.lock)
+	} else {
+		t.state = stateQueue
+		t.lock.granted = true
+	}
+	s.mu.Unlock()
+	if !granted {
+		return nil
+	}
+	if t.lu == nil || t.h.memory {
+		t.run(context.Background())
+		return nil
+	}
+	// In place when that is cheap and nothing else waits for this goroutine;
+	// else the pool keeps the reader free and the disk busy.
+	lat := t.lu.latency.Load()
+	if !t.h.slow && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen) && !t.lu.pool.busy() {
+		return t.c.inline(t)
+	}
+	t.lu.pool.submit(t)
+	return nil
+}
+
+// span is the range of blocks that the command locks.
+func (t *task) span() (lo, hi uint64, excl, need bool) {
+	if t.lu == nil || t.h.memory {
+		return 0, 0, false, false
+	}
+	switch t.cdb.Cmd.Effect {
+	case scsi.EffectRead:
+	case scsi.EffectWrite:
+		excl = true
+	default:
+		return 0, 0, false, false
+	}
+	if t.h.whole || !t.cdb.Cmd.Has(scsi.FLBA) {
+		return 0, wholeUnit, excl, true
+	}
+	lo = t.cdb.LBA()
+	n := t.cdb.Blocks()
+	if n == 0 {
+		return lo, wholeUnit, excl, true // to the end, where 0 means that
+	}
+	return lo, lo + n, excl, true
+}
+
+var errAborted = errors.New("task was aborted")
+
+// gateOp is the class of a command at the gate.
+func gateOp(c *scsi.Command) Op {
+	switch c.Effect {
+	case scsi.EffectRead, scsi.EffectState:
+		return OpRead
+	case scsi.EffectWrite:
+		return OpWrite
+	case scsi.EffectFlush:
+		return OpFlush
+	case scsi.EffectReserve:
+		return OpReserve
+	case scsi.EffectConfig:
+		return OpConfig
+	}
+	return OpInquire
+}
+
+// holdLimit is how long a command is held by a gate without a verdict before it
+// is told to come back (facts/ha.md §4.1: hold 500 ms, then in transition).
+const holdLimit = 500 * time.Millisecond
+
+// enter asks the gate, holding the command while it is unsure.
+func (t *task) enter(in Incarnation, op Op) error {
+	err := t.lu.gate.Enter(in, op)
+	for end := time.Now().Add(holdLimit); errors.Is(err, ErrUnsure); {
+		if t.gone() {
+			return errAborted
+		}
+		if time.Now().After(end) {
+			return ErrNotReady
+		}
+		time.Sleep(5 * time.Millisecond)
+		err = t.lu.gate.Enter(in, op)
+	}
+	return err
+}
+
+// run executes the command and answers. It is called once, after the range was
+// granted.
+func (t *task) run(ctx context.Context) {
+	s := t.s
+	s.mu.Lock()
+	if t.aborted {
+		s.mu.Unlock()
+		t.end()
+		return
+	}
+	t.state = stateRun
+	s.mu.Unlock()
+	x := &exec{task: t, ctx: ctx}
+	if t.lu == nil {
+		t.respond(x.outcome(t.h.run(x)))
+		return
+	}
+	op := gateOp(t.cdb.Cmd)
+	in := s.incarnation(t.lu)
+	err := t.enter(in, op)
+	if err == nil {
+		// Again, because a reservation may have changed while the command waited
+		// for its data or its range (SAFETY §4).
+		if t.lu.res.Conflicts(s.nexus, t.cdb.Conflict()) {
+			err = errConflict
+		} else {
+			begin := t.c.srv.now()
+			err = t.h.run(x)
+			if !t.h.memory && !t.h.slow {
+				t.lu.observe(t.c.srv.now() - begin)
+			}
+		}
+		if e := t.lu.gate.Leave(in, op); e != nil {
+			err = e
+		}
+	}
+	switch {
+	case errors.Is(err, errAborted):
+		t.end()
+	case errors.Is(err, ErrReset), errors.Is(err, block.ErrFenced):
+		x.drop()
+		t.end()
+		s.end(fmt.Errorf("%s on lun %d: %w", t.cdb.Cmd, t.ent.num, err))
+	default:
+		t.respond(x.outcome(err))
+	}
+}
+
+// finish takes the task out of its session once; it tells whether a response
+// may be sent, and what to call afterwards.
+func (t *task) finish() (first, answer bool, ends []func()) {
+	s := t.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if t.state == stateDone {
+		return false, false, nil
+	}
+	t.state = stateDone
+	if s.tasks[t.itt] == t {
+		delete(s.tasks, t.itt)
+	}
+	if t.immediate {
+		s.immediate--
+	}
+	s.running--
+	return true, !t.aborted && !s.ended, t.ends
+}
+
+func (t *task) unlock() {
+	if t.locked {
+		if ready := t.lu.ranges.release(&t.lock); len(ready) > 0 {
+			t.lu.pool.submit(ready...)
+		}
+	}
+}
+
+// end finishes a task without a response.
+func (t *task) end() {
+	first, _, ends := t.finish()
+	if !first {
+		return
+	}
+	t.unlock()
+	t.buf.Free()
+	t.buf = nil
+	for _, f := range ends {
+		f()
+	}
+}
+
+// respond finishes a task with a response, unless it was aborted.
+func (t *task) respond(o outcome) {
+	first, answer, ends := t.finish()
+	if !first {
+		return
+	}
+	t.unlock()
+	if o.buf != t.buf {
+		t.buf.Free()
+	}
+	t.buf = nil
+	if answer {
+		t.send(o)
+	} else {
+		o.buf.Free()
+	}
+	for _, f := range ends {
+		f()
+	}
+}
+
+func (t *task) send(o outcome) {
+	st := &t.s.stats
+	r := response{scsi: true, itt: t.itt, status: uint8(o.status), dataSN: t.r2tSN}
+	if o.sense != nil {
+		desc := t.lu != nil && t.lu.mode.descriptorSense()
+		r.data = iscsi.AppendSense(nil, o.sense.Bytes(desc), nil)
+		st.errors.Add(1)
+	}
+	// Residual (§11.4.5): what the command would move against what the initiator
+	// expects to move in that direction.
+	var moved uint64
+	switch t.dataDirection() {
+	case scsi.DirIn:
+		n := min(uint64(len(o.data)), uint64(t.edtl))
+		moved = max(uint64(len(o.data)), o.moved)
+		if !t.read {
+			n = 0
+		}
+		r.in, r.buf = o.data[:n], o.buf
+		if t.cdb.Cmd.Effect == scsi.EffectRead {
+			st.reads.Add(1)
+			st.readBytes.Add(n)
+		}
+		if n == 0 {
+			o.buf.Free()
+			r.buf = nil
+		}
+	case scsi.DirOut:
+		moved = t.transferLength()
+		if o.status != scsi.StatusGood && o.status != scsi.StatusConditionMet {
+			moved = min(moved, uint64(t.edtl))
+		}
+		if t.cdb.Cmd.Effect == scsi.EffectWrite {
+			st.writes.Add(1)
+			st.writeBytes.Add(uint64(t.want))
+		}
+	}
+	if o.status == scsi.StatusCheckCondition && t.dataDirection() == scsi.DirIn {
+		moved = min(moved, uint64(t.edtl))
+	}
+	switch {
+	case moved > uint64(t.edtl):
+		r.over, r.residual = true, uint32(min(moved-uint64(t.edtl), 0xFFFFFFFF))
+	case moved < uint64(t.edtl):
+		r.under, r.residual = true, t.edtl-uint32(moved)
+	}
+	t.c.queue(r)
+	if t.pooled { // the reader flushes by itself, when its input is drained
+		t.c.kick()
+	}
+}
+
+func (t *task) dataDirection() scsi.Direction {
+	if t.bad != nil || t.h == nil {
+		return scsi.DirNone
+	}
+	return t.cdb.Direction()
+}
+
+func (t *task) transferLength() uint64 {
+	if t.lu == nil {
+		return 0
+	}
+	if t.cdb.Cmd.Xfer == scsi.XferFormat {
+		return uint64(t.want)
+	}
+	return t.cdb.TransferLength(t.lu.blockSize())
+}
+
+func (c *conn) onTaskMgmt(b *iscsi.BHS) error {
+	var p iscsi.TaskMgmtRequest
+	if err := p.Decode(b); err != nil {
+		return err
+	}
+	c.s.order(p.CmdSN, p.Immediate, func() { c.taskMgmt(&p) })
+	return nil
+}
+
+func (c *conn) taskMgmt(p *iscsi.TaskMgmtRequest) {
+	s := c.s
+	answer := func(r iscsi.TaskResp) {
+		c.queue(response{pdu: &iscsi.TaskMgmtResponse{Response: r, ITT: p.ITT}})
+		c.kick()
+	}
+	c.log.Info("task management", zap.Stringer("function", p.Function), zap.Stringer("lun", p.LUN), zap.Uint32("ref", p.RefTag))
+	var ent *entry
+	switch p.Function {
+	case iscsi.FuncAbortTask, iscsi.FuncAbortTaskSet, iscsi.FuncClearTaskSet, iscsi.FuncLUReset, iscsi.FuncClearACA:
+		if n, ok := p.LUN.Number(); ok {
+			ent = s.tgt.entry(scsi.LUN(n))
+		}
+		if ent == nil {
+			answer(iscsi.TaskNoLUN)
+			return
+		}
+	}
+	switch p.Function {
+	case iscsi.FuncAbortTask:
+		s.mu.Lock()
+		t := s.tasks[p.RefTag]
+		exp := s.expCmdSN
+		early := s.early[p.RefCmdSN] != nil
+		s.mu.Unlock()
+		switch {
+		case t != nil && t.wireLUN == p.LUN:
+			c.bury(p.RefTag)
+			s.abort(func(x *task) bool { return x == t }, func() { answer(iscsi.TaskComplete) })
+		case t != nil:
+			answer(iscsi.TaskNotFound)
+		case !early && exp.LessEq(p.RefCmdSN) && s.inWindow(p.RefCmdSN):
+			// Not received yet: it counts as received and aborted (§11.5.1).
+			s.order(p.RefCmdSN, false, func() {})
+			answer(iscsi.TaskComplete)
+		default:
+			answer(iscsi.TaskNotFound)
+		}
+	case iscsi.FuncAbortTaskSet:
+		s.buryAll(ent.lu)
+		s.abort(func(x *task) bool { return x.lu == ent.lu }, func() { answer(iscsi.TaskComplete) })
+	case iscsi.FuncClearTaskSet:
+		c.srv.clear([]*logicalUnit{ent.lu}, s, scsi.ASCCommandsCleared, false, func() { answer(iscsi.TaskComplete) })
+	case iscsi.FuncLUReset:
+		c.srv.clear([]*logicalUnit{ent.lu}, s, scsi.ASCDeviceReset, true, func() { answer(iscsi.TaskComplete) })
+	case iscsi.FuncTargetWarmReset:
+		c.srv.clear(s.tgt.units(), s, scsi.ASCBusReset, true, func() { answer(iscsi.TaskComplete) })
+	case iscsi.FuncTargetColdReset:
+		// Every session of the target ends, this one last (§11.5.1).
+		tgt := s.tgt
+		c.srv.clear(tgt.units(), s, scsi.ASCPowerOnOccurred, true, func() {
+			answer(iscsi.TaskComplete)
+			for _, x := range c.srv.sessionsOf(tgt) {
+				if x != s {
+					x.end(errColdReset)
+				}
+			}
+		})
+	case iscsi.FuncClearACA:
+		answer(iscsi.TaskFunctionNotSupported) // NormACA is 0: there is never an ACA
+	case iscsi.FuncTaskReassign:
+		answer(iscsi.TaskReassignNotSupported)
+	default:
+		answer(iscsi.TaskRejected)
+	}
+}
+
+var errColdReset = errors.New("target cold reset")
+
+// buryAll remembers the tags of a logical unit's tasks on this connection.
+func (s *session) buryAll(u *logicalUnit) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for itt, t := range s.tasks {
+		if t.lu == u {
+			s.conn.bury(itt)
+		}
+	}
+}
