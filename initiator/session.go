@@ -854,10 +854,13 @@ func (s *Session) read() error {
 		}
 		s.lastRecv.Store(int64(time.Since(s.start)))
 		if err := s.pdu(h); err != nil {
-			if errors.Is(err, iscsi.ErrDataDigest) {
+			switch {
+			case errors.Is(err, iscsi.ErrDataDigest):
 				return broke("%w", err) // error recovery level 0 knows no other way (§7.7)
+			case errors.Is(err, ErrProtocol), errors.Is(err, ErrRejected), errors.Is(err, ErrDropped):
+				return err
 			}
-			return err
+			return fmt.Errorf("%w: %w", ErrDropped, err) // the stream ended in a data segment
 		}
 	}
 }

@@ -30,9 +30,6 @@ type wire struct {
 // await makes the connection's calls end when ctx ends. stop undoes it, and reports
 // whether ctx had not ended.
 func await(ctx context.Context, conn net.Conn) (stop func() bool) {
-	if d, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(d)
-	}
 	undo := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	return func() bool {
 		if !undo() {
