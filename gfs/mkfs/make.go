@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/blockhouse-san/blockhouse/gfs/journal"
 	"github.com/blockhouse-san/blockhouse/gfs/ondisk"
 )
 
@@ -142,7 +143,7 @@ func (im *image) emit(w *batch, progress Progress) error {
 			}
 			switch {
 			case a >= jd && a < je:
-				putJournalHeader(b, rg.Data0, a, uint32(a-jd), (seq+uint32(a-jd))%uint32(l.JBlocks))
+				journal.FormatBlock(b, rg.Data0, a, uint32(a-jd), uint64((seq+uint32(a-jd))%uint32(l.JBlocks)))
 			case len(qc) > 0 && a >= qc[0].start:
 				ondisk.PutMeta(b, ondisk.TypeQC)
 			default:
@@ -160,19 +161,6 @@ func (im *image) emit(w *batch, progress Progress) error {
 		progress(StageRGs, uint64(i)+1, uint64(len(l.RGs)))
 	}
 	return nil
-}
-
-// putJournalHeader fills a journal block of a new filesystem: a header that
-// says the journal was left clean. Every block carries one, so that the head
-// can be found by bisection wherever it is looked for.
-func putJournalHeader(b []byte, jinode, addr uint64, blkno, seq uint32) {
-	ondisk.PutMeta(b, ondisk.TypeLH)
-	be.PutUint64(b[24:], uint64(seq))
-	be.PutUint32(b[32:], ondisk.LHUnmount|ondisk.LHUserspace)
-	be.PutUint32(b[40:], blkno)
-	be.PutUint64(b[64:], addr)
-	be.PutUint64(b[72:], jinode)
-	ondisk.SealLogHeader(b)
 }
 
 func (im *image) emitBitmap(w *batch, i int) error {
