@@ -247,12 +247,12 @@ func (m *Mux) serve(raw net.Conn) {
 		_ = c.Close()
 		return
 	}
+	m.accepts.WithLabelValues(peer.ALPN).Inc()
 	if _, err := c.Write(encodeAnswer("", "", m.Hello())); err != nil {
 		m.log.Info("cluster stream lost in handshake", zap.String("node", hello.Node), zap.Error(err))
 		return
 	}
 	_ = raw.SetDeadline(time.Time{})
-	m.accepts.WithLabelValues(peer.ALPN).Inc()
 	m.log.Debug("cluster stream accepted", zap.String("protocol", peer.ALPN), zap.String("node", hello.Node), zap.Uint64("incarnation", hello.Incarnation))
 	if h := m.handler(peer.ALPN); h != nil {
 		h(m.ctx, peer, c)

@@ -215,6 +215,7 @@ func Open(cfg Config) (_ *Node, err error) {
 	n.ready.Store(n.raft)
 	obs := make(chan raft.Observation, 16)
 	n.wg.Go(func() { n.watch(obs) })
+	n.wg.Go(n.guard)
 	cfg.Mux.Handle(ALPNRaft, n.layer.handle)
 	return n, nil
 }
@@ -252,6 +253,31 @@ func (n *Node) watch(obs chan raft.Observation) {
 		select {
 		case self = <-n.notify:
 		case <-obs:
+		case <-n.stop:
+			return
+		}
+	}
+}
+
+// guard hands leadership on while the state machine has stopped here: a leader
+// that cannot apply answers nobody. At most every ten seconds, because the
+// others may have stopped at the same entry.
+func (n *Node) guard() {
+	const pause = 10 * time.Second
+	for {
+		select {
+		case <-n.cfg.Cluster.Stopped():
+		case <-n.stop:
+			return
+		}
+		if n.IsLeader() {
+			n.log.Error("leader cannot apply, leadership is handed on", zap.Error(n.cfg.Cluster.Err()))
+			if err := n.raft.LeadershipTransfer().Error(); err != nil {
+				n.log.Warn("leadership not handed on", zap.Error(err))
+			}
+		}
+		select {
+		case <-time.After(pause):
 		case <-n.stop:
 			return
 		}
@@ -557,6 +583,7 @@ type Stats struct {
 	LastContact time.Duration `json:"last_contact"`  // with the leader, ns; 0 on the leader, -1 never
 	Snapshot    uint64        `json:"snapshot_index"`
 	Leader      string        `json:"leader"`
+	Stopped     string        `json:"stopped,omitempty"` // why the state machine applies no more (fsm.StopError)
 }
 
 // Stats gives a momentary picture.
@@ -565,6 +592,9 @@ func (n *Node) Stats() Stats {
 	s := Stats{
 		State: n.raft.State().String(), Term: n.raft.CurrentTerm(), Last: n.raft.LastIndex(),
 		Commit: n.raft.CommitIndex(), Applied: n.cfg.Cluster.Index(), Leader: id,
+	}
+	if err := n.cfg.Cluster.Err(); err != nil {
+		s.Stopped = err.Error()
 	}
 	switch t := n.raft.LastContact(); {
 	case n.IsLeader():

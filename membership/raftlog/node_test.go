@@ -241,6 +241,42 @@ func TestReadIndex(t *testing.T) {
 	wg.Wait()
 }
 
+// A leader whose state machine has stopped hands leadership on, says so in its
+// stats, and takes no snapshot that would drop the entry.
+func TestStoppedLeader(t *testing.T) {
+	t.Parallel()
+	c := start(t, 3, nil)
+	leader := c.leader()
+	// What a newer binary would write; past the gate, which an older leader
+	// does not have either.
+	bad := fsm.Envelope{Machine: fsm.Config, Kind: 99, Version: 1, Payload: []byte("{}")}.Append(nil)
+	f := leader.raft.Apply(bad, patience)
+	if err := f.Error(); err != nil {
+		t.Fatal(err)
+	}
+	res, ok := f.Response().(fsm.Result)
+	var stop *fsm.StopError
+	if !ok || !errors.As(res.Err, &stop) {
+		t.Fatalf("%+v", res)
+	}
+	eventually(t, "leadership is handed on", func() bool {
+		return leader.logs.FilterMessage("leader cannot apply, leadership is handed on").Len() == 1
+	})
+	if s := leader.Stats(); !strings.Contains(s.Stopped, "unknown command config/99") {
+		t.Fatalf("%+v", s)
+	}
+	if err := leader.Snapshot(within(t)); err == nil {
+		t.Fatal("snapshot of a stopped state machine")
+	}
+	idx := leader.cluster.Index()
+	leader.stop()
+	leader.start()
+	eventually(t, "the entry is met again after a restart", func() bool { return leader.cluster.Err() != nil })
+	if leader.cluster.Index() != idx {
+		t.Fatalf("index %d, was %d", leader.cluster.Index(), idx)
+	}
+}
+
 func TestOpenRefusals(t *testing.T) {
 	t.Parallel()
 	c := start(t, 1, nil)
@@ -306,6 +342,9 @@ func TestHCLog(t *testing.T) {
 func TestRegisterMetrics(t *testing.T) {
 	t.Parallel()
 	reg := prometheus.NewRegistry()
+	metricsOnce.Lock()
+	metricsOnce.done = false // -count=N runs in one process
+	metricsOnce.Unlock()
 	if err := RegisterMetrics(reg); err != nil {
 		t.Fatal(err)
 	}

@@ -315,6 +315,24 @@ func TestStorage(t *testing.T) {
 	l.refused(lc, fsm.ErrExists, 4) // a uuid never comes back
 }
 
+// Found by TestDeterministic: two commands with one request id made two volumes,
+// and a third got either, by the order of a map.
+func TestRequestMakesOneVolume(t *testing.T) {
+	t.Parallel()
+	l := bootstrapped(t)
+	const iqn = "iqn.2026-01.org.x:a"
+	must[storage.Target](l, storage.TargetCreate{Request: "t", IQN: iqn})
+	v1, v2 := newVolume(t, "v1", 1, "n1"), newVolume(t, "v2", 2, "n1")
+	must[storage.Volume](l, storage.VolumeCreate{Request: "r", Volume: v1})
+	must[storage.Volume](l, storage.VolumeCreate{Request: "r", Volume: v1})
+	l.refused(storage.VolumeCreate{Request: "r", Volume: v2}, fsm.ErrConflict, 4)
+	l.refused(storage.LunCreateVolume{Request: "r", Volume: v2, Target: iqn, Number: 1}, fsm.ErrConflict, 4)
+	l.refused(storage.LunCreateVolume{Request: "r", Volume: v1, Target: iqn, Number: 1}, fsm.ErrConflict, 4)
+	must[storage.Mapped](l, storage.LunCreateVolume{Request: "s", Volume: v2, Target: iqn, Number: 1})
+	must[storage.LUN](l, storage.LunDelete{Target: iqn, Number: 1})
+	l.refused(storage.LunCreateVolume{Request: "s", Volume: v2, Target: iqn, Number: 1}, fsm.ErrConflict, 4)
+}
+
 func TestSettings(t *testing.T) {
 	t.Parallel()
 	l := bootstrapped(t)

@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// State of a member.
+// Status is the state of a member.
 type Status string
 
 // The states. Only member and leaving hold leases, serve and vote in policy.

@@ -155,18 +155,28 @@ func (m *Machine) put(index uint64, request string, n *NewVolume) *Volume {
 	return v
 }
 
-// made finds the volume that request made.
-func (m *Machine) made(request string) *Volume {
+// made finds the volume that request made, nil if none. A request id makes one
+// volume at most, and meeting it again for another is refused: the search must
+// not depend on the order of a map.
+func (m *Machine) made(op, request, name string) (*Volume, error) {
 	for _, v := range m.s.Volumes {
-		if v.Request == request {
-			return v
+		if v.Request != request {
+			continue
 		}
+		if v.Name != name {
+			return nil, &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: name, Why: "request id " + request + " made volume " + v.Name}
+		}
+		return v, nil
 	}
-	return nil
+	return nil, nil
 }
 
 func (m *Machine) volumeCreate(index uint64, c *VolumeCreate) (any, error) {
-	if v := m.made(c.Request); v != nil {
+	v, err := m.made("create volume", c.Request, c.Volume.Name)
+	if err != nil {
+		return nil, err
+	}
+	if v != nil {
 		return v.Clone(), nil
 	}
 	if err := m.checkNew(&c.Volume); err != nil {
@@ -386,10 +396,18 @@ func (m *Machine) lunCreateVolume(index uint64, c *LunCreateVolume) (any, error)
 	if err != nil {
 		return nil, err
 	}
-	if l := t.made(c.Request); l != nil {
-		if v := m.s.Volumes[l.Volume]; v != nil {
-			return Mapped{Volume: v.Clone(), LUN: *l}, nil
-		}
+	old, err := m.made(op, c.Request, c.Volume.Name)
+	if err != nil {
+		return nil, err
+	}
+	l := t.made(c.Request)
+	switch {
+	case l != nil && old != nil && l.Volume == old.Config.UUID:
+		return Mapped{Volume: old.Clone(), LUN: *l}, nil
+	case l != nil || old != nil:
+		// Half of it is there: the LUN was deleted since, or the id was used
+		// for something else.
+		return nil, &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: c.Volume.Name, Why: "request id " + c.Request + " was used before"}
 	}
 	n, err := t.number(op, c.Number)
 	if err != nil {
@@ -399,8 +417,7 @@ func (m *Machine) lunCreateVolume(index uint64, c *LunCreateVolume) (any, error)
 		return nil, err
 	}
 	v := m.put(index, c.Request, &c.Volume)
-	l := m.bind(t, LUN{Number: n, Volume: v.Config.UUID, ReadOnly: c.ReadOnly, Request: c.Request})
-	return Mapped{Volume: v.Clone(), LUN: l}, nil
+	return Mapped{Volume: v.Clone(), LUN: m.bind(t, LUN{Number: n, Volume: v.Config.UUID, ReadOnly: c.ReadOnly, Request: c.Request})}, nil
 }
 
 func (m *Machine) acl(iqn string, fn func(*ACL) (ACL, error)) (any, error) {
