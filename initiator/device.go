@@ -407,7 +407,10 @@ func (d *Device) LUN() scsi.LUN { return d.lun }
 func (d *Device) Info() block.Info { return *d.info.Load() }
 
 // begin checks a range and counts the call in.
-func (d *Device) begin(op string, off, n int64) (block.Info, error) {
+func (d *Device) begin(ctx context.Context, op string, off, n int64) (block.Info, error) {
+	if ctx.Err() != nil {
+		return block.Info{}, fmt.Errorf("%s %s lun %d: %w", op, d.s.target, d.lun, context.Cause(ctx))
+	}
 	if err := d.enter(); err != nil {
 		return block.Info{}, fmt.Errorf("%s %s lun %d: %w", op, d.s.target, d.lun, err)
 	}
@@ -469,7 +472,7 @@ func split(n, step int, f func(from, to int) error) error {
 
 // ReadAt implements block.Device.
 func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
-	i, err := d.begin("read", off, int64(len(p)))
+	i, err := d.begin(ctx, "read", off, int64(len(p)))
 	if err != nil {
 		return err
 	}
@@ -490,7 +493,7 @@ func (d *Device) ReadAt(ctx context.Context, p []byte, off int64) error {
 // unit does not know it, as a SYNCHRONIZE CACHE of the range; without a volatile
 // cache nothing is needed.
 func (d *Device) WriteAt(ctx context.Context, p []byte, off int64, fl block.Flags) error {
-	i, err := d.begin("write", off, int64(len(p)))
+	i, err := d.begin(ctx, "write", off, int64(len(p)))
 	if err != nil {
 		return err
 	}
@@ -534,7 +537,7 @@ func (d *Device) sync(ctx context.Context, off, n int64, bs int) error {
 
 // Flush implements block.Device.
 func (d *Device) Flush(ctx context.Context) error {
-	i, err := d.begin("flush", 0, 0)
+	i, err := d.begin(ctx, "flush", 0, 0)
 	if err != nil {
 		return err
 	}
@@ -555,7 +558,7 @@ func (d *Device) flush(ctx context.Context, i block.Info) error {
 // Unmap implements block.Device: with WRITE SAME where that leaves zeroes, else with
 // UNMAP. A logical unit that is not thin keeps its data, which Caps say.
 func (d *Device) Unmap(ctx context.Context, off, n int64) error {
-	i, err := d.begin("unmap", off, n)
+	i, err := d.begin(ctx, "unmap", off, n)
 	if err != nil {
 		return err
 	}
@@ -607,7 +610,7 @@ func (d *Device) writeSame(ctx context.Context, off, n int64, bs int, unmap bool
 // WriteZeroes implements block.Device with WRITE SAME (16), or by writing zeroes where
 // the logical unit does not know that command.
 func (d *Device) WriteZeroes(ctx context.Context, off, n int64, fl block.Flags) error {
-	i, err := d.begin("write zeroes", off, n)
+	i, err := d.begin(ctx, "write zeroes", off, n)
 	if err != nil {
 		return err
 	}
@@ -655,7 +658,7 @@ func (d *Device) writeZeroes(ctx context.Context, off, n int64, fl block.Flags, 
 // Extents implements block.Device with GET LBA STATUS; a logical unit without it is
 // mapped throughout.
 func (d *Device) Extents(ctx context.Context, off, n int64) ([]block.Extent, error) {
-	i, err := d.begin("extents", off, n)
+	i, err := d.begin(ctx, "extents", off, n)
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -128,6 +129,43 @@ const (
 	flushAt     = 1 << 20
 )
 
+// fifo is a queue that keeps its memory.
+type fifo[T any] struct {
+	q    []T
+	head int
+}
+
+func (f *fifo[T]) len() int { return len(f.q) - f.head }
+
+func (f *fifo[T]) push(v T) {
+	if f.head > 0 && len(f.q) == cap(f.q) {
+		n := copy(f.q, f.q[f.head:])
+		clear(f.q[n:])
+		f.q, f.head = f.q[:n], 0
+	}
+	f.q = append(f.q, v)
+}
+
+func (f *fifo[T]) pop() T {
+	var zero T
+	v := f.q[f.head]
+	f.q[f.head] = zero
+	if f.head++; f.head == len(f.q) {
+		f.q, f.head = f.q[:0], 0
+	}
+	return v
+}
+
+// drop takes the first element out that match likes.
+func (f *fifo[T]) drop(match func(T) bool) {
+	for i := f.head; i < len(f.q); i++ {
+		if match(f.q[i]) {
+			f.q = slices.Delete(f.q, i, i+1)
+			return
+		}
+	}
+}
+
 // Session is a normal session with one connection. All methods may be called
 // concurrently.
 type Session struct {
@@ -158,8 +196,8 @@ type Session struct {
 		sync.Mutex
 		err      error // why the session ended
 		closing  error // new commands are refused with it
-		cmds     []*task
-		urgent   []work
+		cmds     fifo[*task]
+		urgent   fifo[work]
 		ctl      map[uint32]*control
 		ctlSeq   uint16
 		inFlight int // tasks not free
@@ -286,7 +324,7 @@ func (s *Session) supervise() {
 			s.tokenLocked(t)
 		}
 	}
-	s.mu.cmds = nil
+	s.mu.cmds = fifo[*task]{}
 	for itt, c := range s.mu.ctl {
 		c.err = err
 		close(c.done)
@@ -347,7 +385,7 @@ func (s *Session) controlLocked(p iscsi.PDU, data []byte, c *control) (itt uint3
 		p.ITT = itt
 	}
 	s.mu.ctl[itt] = c
-	s.mu.urgent = append(s.mu.urgent, work{pdu: p, data: data})
+	s.mu.urgent.push(work{pdu: p, data: data})
 	s.kick()
 	return itt
 }
@@ -418,7 +456,7 @@ func (s *Session) Exec(ctx context.Context, lun scsi.LUN, cdb []byte, dir scsi.D
 	t.cmd.ITT = uint32(t.mu.gen)<<16 | uint32(t.slot)
 	t.mu.state = taskQueued
 	s.mu.inFlight++
-	s.mu.cmds = append(s.mu.cmds, t)
+	s.mu.cmds.push(t)
 	s.mu.Unlock()
 	s.kick()
 
@@ -502,12 +540,7 @@ func (s *Session) abort(t *task, cause error) {
 	s.mu.Lock()
 	switch t.mu.state {
 	case taskQueued:
-		for i, q := range s.mu.cmds {
-			if q == t {
-				s.mu.cmds = append(s.mu.cmds[:i], s.mu.cmds[i+1:]...)
-				break
-			}
-		}
+		s.mu.cmds.drop(func(q *task) bool { return q == t })
 		t.mu.err = cause
 		s.finishLocked(t)
 		s.mu.Unlock()
@@ -717,12 +750,8 @@ func (s *Session) write() error {
 		var it work
 		var cmd iscsi.ScsiCommand
 		switch {
-		case len(s.mu.urgent) > 0:
-			it = s.mu.urgent[0]
-			s.mu.urgent[0] = work{}
-			if s.mu.urgent = s.mu.urgent[1:]; len(s.mu.urgent) == 0 {
-				s.mu.urgent = nil
-			}
+		case s.mu.urgent.len() > 0:
+			it = s.mu.urgent.pop()
 			if it.pdu != nil {
 				stamp(it.pdu, s.mu.cmdSN, iscsi.Serial(s.expStatSN.Load()))
 				break
@@ -733,12 +762,8 @@ func (s *Session) write() error {
 				continue // answered before its data were asked for to the end
 			}
 			t.mu.r2ts--
-		case len(s.mu.cmds) > 0 && s.mu.cmdSN.LessEq(s.mu.maxCmdSN):
-			t = s.mu.cmds[0]
-			s.mu.cmds[0] = nil
-			if s.mu.cmds = s.mu.cmds[1:]; len(s.mu.cmds) == 0 {
-				s.mu.cmds = nil
-			}
+		case s.mu.cmds.len() > 0 && s.mu.cmdSN.LessEq(s.mu.maxCmdSN):
+			t = s.mu.cmds.pop()
 			t.mu.state = taskSent
 			t.mu.cmdSN = s.mu.cmdSN
 			s.mu.cmdSN++
@@ -892,7 +917,7 @@ func (s *Session) windowLocking(exp, mx iscsi.Serial) {
 	if opened {
 		s.mu.maxCmdSN = mx
 	}
-	waiting := opened && len(s.mu.cmds) > 0
+	waiting := opened && s.mu.cmds.len() > 0
 	s.mu.Unlock()
 	if waiting {
 		s.kick()
@@ -1131,7 +1156,7 @@ func (s *Session) r2t(h *iscsi.BHS) error {
 	if t.mu.r2ts++; t.mu.r2ts > s.p.MaxOutstandingR2T {
 		return broke("%d R2Ts outstanding, MaxOutstandingR2T is %d", t.mu.r2ts, s.p.MaxOutstandingR2T)
 	}
-	s.mu.urgent = append(s.mu.urgent, work{t: t, gen: t.mu.gen, lun: p.LUN, ttt: p.TTT, off: int(p.Offset), n: int(p.Length)})
+	s.mu.urgent.push(work{t: t, gen: t.mu.gen, lun: p.LUN, ttt: p.TTT, off: int(p.Offset), n: int(p.Length)})
 	s.kick()
 	return nil
 }
@@ -1158,10 +1183,10 @@ func (s *Session) nopIn(h *iscsi.BHS) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// A target has no right to many unanswered pings, and no memory of ours.
-	if len(s.mu.urgent) > 4*len(s.slots)+1024 {
+	if s.mu.urgent.len() > 4*len(s.slots)+1024 {
 		return broke("flood of NOP-Ins")
 	}
-	s.mu.urgent = append(s.mu.urgent, work{pdu: &iscsi.NopOut{Immediate: true, LUN: p.LUN, ITT: iscsi.ReservedTag, TTT: p.TTT}})
+	s.mu.urgent.push(work{pdu: &iscsi.NopOut{Immediate: true, LUN: p.LUN, ITT: iscsi.ReservedTag, TTT: p.TTT}})
 	s.kick()
 	return nil
 }

@@ -12,8 +12,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 
 	"github.com/blockhouse-san/blockhouse/block"
+	"github.com/blockhouse-san/blockhouse/block/blocktest"
 	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/scsi"
 )
@@ -172,6 +174,23 @@ func TestTgtdDevice(t *testing.T) {
 	wantErr(t, "session", s.Err(), ErrClosed)
 	_, err = s.Exec(ctx, 1, c.Bytes(), scsi.DirIn, nil, buf)
 	wantErr(t, "command after logout", err, ErrClosed)
+}
+
+// A LUN of tgtd is a block.Device like any other.
+func TestTgtdConformance(t *testing.T) {
+	t.Parallel()
+	g := startTgtd(t)
+	iqn := g.target(1, 512<<10)
+	blocktest.Run(t, blocktest.Store{New: func(tb rapid.TB) block.Device {
+		d, err := OpenURL(context.Background(), "iscsi://"+g.portal+"/"+iqn+"/1", testConfig())
+		if err != nil {
+			tb.Fatal(err)
+		}
+		if err := d.WriteZeroes(context.Background(), 0, d.Info().Size, block.MayUnmap); err != nil {
+			tb.Fatal(err)
+		}
+		return d
+	}})
 }
 
 // Many callers at once, each on its own stretch, with digests and queue depths.
