@@ -20,7 +20,7 @@ func init() {
 	}
 	handle(scsi.OpUnmap, none, handler{check: checkUnmap, run: runUnmap, slow: true})
 	handle(scsi.OpServiceActionIn16, scsi.SAGetLBAStatus, handler{check: checkLBAStatus, run: runLBAStatus, slow: true})
-	handle(scsi.OpCompareAndWrite, none, handler{check: checkProtect, run: runCompareAndWrite, slow: true})
+	handle(scsi.OpCompareAndWrite, none, handler{check: checkCompareAndWrite, run: runCompareAndWrite, slow: true})
 	handle(scsi.OpOrWrite16, none, handler{check: checkProtect, run: runOrWrite, slow: true})
 	for _, op := range []scsi.Opcode{scsi.OpPrefetch10, scsi.OpPrefetch16} {
 		// Nothing is cached that a later read would find faster: GOOD, not CONDITION MET.
@@ -165,7 +165,7 @@ func checkWriteSame(t *task) *scsi.Sense {
 	if c.LBA() < t.lu.blocks() && t.toEnd() > uint64(maxWriteSameBytes/t.lu.blockSize()) {
 		return scsi.InvalidField(c, scsi.FCount)
 	}
-	return nil
+	return checkExact(t)
 }
 
 func runWriteSame(x *exec) error {
@@ -175,9 +175,12 @@ func runWriteSame(x *exec) error {
 	}
 	bs := int64(x.lu.blockSize())
 	off, n := x.offset(), int64(x.toEnd())*bs
-	if zero := one == nil || len(bytes.Trim(one, "\x00")) == 0; zero {
+	// With UNMAP the blocks read as zeroes afterwards whatever the data-out holds,
+	// as LIO and tgt do it and libiscsi's suite expects it.
+	unmap := x.cdb.Is(scsi.FUnmap) && x.lu.dev.Info().Caps.UnmapZeroes
+	if zero := one == nil || len(bytes.Trim(one, "\x00")) == 0; zero || unmap {
 		fl := x.flags()
-		if x.cdb.Is(scsi.FUnmap) {
+		if unmap {
 			fl |= block.MayUnmap
 		}
 		if err := x.lu.dev.WriteZeroes(x.ctx, off, n, fl); err != nil {
@@ -279,6 +282,25 @@ func runLBAStatus(x *exec) error {
 	}
 	x.reply(scsi.LBAStatusList(ds))
 	return nil
+}
+
+// checkExact wants the data-out to be as long as the CDB says: a cut write is not
+// what these commands are for.
+func checkExact(t *task) *scsi.Sense {
+	if uint64(t.edtl) != t.transferLength() {
+		return scsi.Check(scsi.IllegalRequest, scsi.ASCParamListLength)
+	}
+	return nil
+}
+
+func checkCompareAndWrite(t *task) *scsi.Sense {
+	if s := checkProtect(t); s != nil {
+		return s
+	}
+	if t.cdb.Blocks() == 0 && t.edtl > 0 { // more than the field holds
+		return scsi.InvalidField(&t.cdb, scsi.FCount)
+	}
+	return checkExact(t)
 }
 
 func runCompareAndWrite(x *exec) error {

@@ -25,10 +25,11 @@ type Options struct {
 	SendTimeout             time.Duration // a peer that takes nothing for so long is dropped; 0 = 30 s
 	// StallLimit: when the server itself did not run for longer, every connection
 	// is reset before anything is read from it (SAFETY §2). 0 = off.
-	StallLimit time.Duration
-	QueueDepth int        // command window of a session; 0 = 128
-	MaxLogins  int        // connections that are not logged in yet; 0 = 256
-	Want       iscsi.Want // limits of negotiation; zero = iscsi.DefaultWant
+	StallLimit  time.Duration
+	QueueDepth  int        // command window of a session; 0 = 128
+	MaxLogins   int        // connections that are not logged in yet; 0 = 256
+	MaxBuffered int64      // bytes of data phases in memory; above it large commands get TASK SET FULL; 0 = 1 GiB
+	Want        iscsi.Want // limits of negotiation; zero = iscsi.DefaultWant
 }
 
 func (o *Options) defaults() error {
@@ -46,6 +47,9 @@ func (o *Options) defaults() error {
 	}
 	if o.QueueDepth < 1 || o.QueueDepth > 4096 {
 		return fmt.Errorf("queue depth %d: want 1 to 4096", o.QueueDepth)
+	}
+	if o.MaxBuffered == 0 {
+		o.MaxBuffered = 1 << 30
 	}
 	if o.MaxLogins == 0 {
 		o.MaxLogins = 256

@@ -506,12 +506,13 @@ func (c *conn) flush() {
 					c.fail(err)
 				}
 			}
-			if c.w.Pending() >= 1<<20 || o.last || i == len(q)-1 {
+			last := o.last
+			if c.w.Pending() >= 1<<20 || last || i == len(q)-1 {
 				c.send()
-				c.release(q[done : i+1])
+				c.release(q[done : i+1]) // clears them
 				done = i + 1
 			}
-			if o.last {
+			if last {
 				c.fail(errLoggedOut)
 			}
 		}

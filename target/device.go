@@ -94,6 +94,11 @@ func runRead(x *exec) error {
 		n = 0
 	}
 	if n > 0 {
+		if !x.s.srv.reserve(int64(n)) {
+			x.status = scsi.StatusTaskSetFull
+			return nil
+		}
+		x.held = int64(n)
 		x.dbuf = block.Get(int(n))
 		if err := x.lu.dev.ReadAt(x.ctx, x.dbuf.B, x.offset()); err != nil {
 			return x.fail("read", err)

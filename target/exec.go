@@ -89,9 +89,13 @@ func (t *task) check() *outcome {
 			return bad(scsi.InvalidField(&t.cdb, id))
 		}
 	}
-	// A data phase in the wrong direction moves nothing and changes nothing.
-	if t.edtl > 0 && (t.cdb.Direction() == scsi.DirOut && !t.write || t.cdb.Direction() == scsi.DirIn && !t.read) {
+	// A write whose data phase has the wrong direction has no data and cannot be
+	// GOOD; a read moves nothing then, which the residual tells.
+	if t.edtl > 0 && t.cdb.Direction() == scsi.DirOut && !t.write {
 		return bad(scsi.Check(scsi.IllegalRequest, scsi.ASCInvalidFieldCDB))
+	}
+	if t.full {
+		return &outcome{status: scsi.StatusTaskSetFull}
 	}
 	// Data are asked for only from a unit that would take them; run asks again.
 	if t.want > t.arrived {

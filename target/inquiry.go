@@ -95,7 +95,7 @@ const (
 	maxCompareAndWrite  = 255
 	maxUnmapDescriptors = 256
 	maxUnmapBytes       = 1 << 30
-	maxWriteSameBytes   = 1 << 30
+	maxWriteSameBytes   = 128 << 20
 )
 
 func vpdBlockLimits(x *exec) []byte {

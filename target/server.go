@@ -49,6 +49,8 @@ type Server struct {
 	stop  chan struct{}
 	wg    sync.WaitGroup
 
+	buffered atomic.Int64 // bytes of data phases in memory
+
 	applyMu sync.Mutex // one Apply, Cut or Close at a time
 
 	mu        sync.Mutex
@@ -119,6 +121,18 @@ func New(o Options) (*Server, error) {
 	}
 	return s, nil
 }
+
+// reserve takes n bytes of the budget for data in memory. A small command always
+// passes, so that a few large ones cannot lock everyone out.
+func (s *Server) reserve(n int64) bool {
+	if s.buffered.Add(n) > s.opt.MaxBuffered && n > 64<<10 {
+		s.buffered.Add(-n)
+		return false
+	}
+	return true
+}
+
+func (s *Server) unreserve(n int64) { s.buffered.Add(-n) }
 
 // now is a monotonic clock in ns.
 func (s *Server) now() int64 { return int64(time.Since(s.epoch)) }

@@ -45,7 +45,9 @@ type task struct {
 	// rest up to edtl is received and dropped.
 	buf     *block.Buf
 	want    int
-	arrived int // bytes of [0, edtl) received in order
+	full    bool  // there was no room for its data: TASK SET FULL
+	held    int64 // bytes of the server's budget
+	arrived int   // bytes of [0, edtl) received in order
 	unsolSN uint32
 	r2ts    []r2t // outstanding
 	r2tSN   uint32
@@ -82,7 +84,7 @@ type outcome struct {
 
 // maxTransfer is the largest data phase of one command in bytes, as VPD page B0
 // says it.
-const maxTransfer = 4 << 20
+const maxTransfer = 32 << 20
 
 // maxTombs bounds the tags that are remembered for stray Data-Out.
 const maxTombs = 4096
@@ -162,7 +164,10 @@ func (t *task) prepare(p *iscsi.ScsiCommand) {
 	if n > maxTransfer {
 		return // refused by deliver
 	}
-	t.want = int(n)
+	if t.full = !t.c.srv.reserve(int64(n)); t.full {
+		return
+	}
+	t.want, t.held = int(n), int64(n)
 	if n > 0 {
 		t.buf = block.Get(t.want)
 	}
@@ -533,6 +538,7 @@ func (t *task) finish() (first, answer bool, ends []func()) {
 		s.immediate--
 	}
 	s.running--
+	s.srv.unreserve(t.held)
 	return true, !t.aborted && !s.ended, t.ends
 }
 
@@ -596,6 +602,9 @@ func (t *task) send(o outcome) {
 		moved = max(uint64(len(o.data)), o.moved)
 		if !t.read {
 			n = 0
+			if t.edtl > 0 { // then it is about the other direction, in which nothing moves
+				moved = 0
+			}
 		}
 		r.in, r.buf = o.data[:n], o.buf
 		if t.cdb.Cmd.Effect == scsi.EffectRead {
