@@ -549,6 +549,143 @@ func TestAsyncLogout(t *testing.T) {
 	wantErr(t, "session", s.Err(), ErrClosed)
 }
 
+// Messages that change something while the session goes on: SendTargets of one's own
+// target in parts, a SCSI event, and a request to negotiate (§11.9, §13.3, §13.12).
+func TestTextInFullFeaturePhase(t *testing.T) {
+	t.Parallel()
+	list := "TargetName=" + peerIQN + "\x00TargetAddress=10.0.0.1:3260,1\x00TargetAddress=[fe80::1]:3260,2\x00"
+	const smaller = 1024
+	portal := servePeer(t, peerOptions{}, func(p *peer) {
+		for i := 0; i < len(list); i += 40 {
+			if !p.next() {
+				return
+			}
+			if want := map[bool]string{true: "SendTargets=\x00"}[i == 0]; p.h.Opcode() != iscsi.OpTextReq || string(p.data) != want {
+				t.Errorf("%s %q", p.h.Opcode(), p.data)
+			}
+			n := min(len(list), i+40)
+			r := &iscsi.TextResponse{ITT: p.h.ITT(), TTT: 7}
+			if n == len(list) {
+				r.Final, r.TTT = true, iscsi.ReservedTag
+			}
+			p.send(r, []byte(list[i:n]))
+		}
+		p.send(&iscsi.Async{Event: iscsi.AsyncSCSI}, iscsi.AppendSense(nil, scsi.Check(scsi.UnitAttention, scsi.ASCReportedLunsChanged).Fixed(), nil))
+		p.send(&iscsi.Async{Event: iscsi.AsyncRenegotiate, Param3: 10})
+		if !p.next() {
+			return
+		}
+		if got := string(p.data); p.h.Opcode() != iscsi.OpTextReq || got != "MaxRecvDataSegmentLength=262144\x00" {
+			t.Errorf("%s %q in answer to a request to negotiate", p.h.Opcode(), got)
+		}
+		p.send(&iscsi.TextResponse{Final: true, ITT: p.h.ITT(), TTT: iscsi.ReservedTag}, []byte(fmt.Sprintf("MaxRecvDataSegmentLength=%d\x00", smaller)))
+		c, ok := p.command()
+		if !ok {
+			return
+		}
+		if len(p.data) > smaller {
+			t.Errorf("%d bytes of immediate data, we take %d now", len(p.data), smaller)
+		}
+		got := len(p.data)
+		for !c.Final && p.next() {
+			if got += len(p.data); len(p.data) > smaller {
+				t.Errorf("Data-Out of %d bytes, we take %d now", len(p.data), smaller)
+			}
+			if p.h.Final() {
+				break
+			}
+		}
+		if got != 9000 {
+			t.Errorf("%d bytes came", got)
+		}
+		p.send(&iscsi.ScsiResponse{ITT: c.ITT})
+		p.rest()
+	})
+	events := make(chan iscsi.AsyncEvent, 2)
+	cfg := testConfig()
+	cfg.OnAsync = func(a iscsi.Async, sense []byte) {
+		if x, err := scsi.ParseSense(sense); a.Event == iscsi.AsyncSCSI && (err != nil || x.Code != scsi.ASCReportedLunsChanged) {
+			t.Errorf("event with sense %x", sense)
+		}
+		events <- a.Event
+	}
+	s := mustLogin(t, portal, cfg)
+	ts, err := s.SendTargets(t.Context())
+	if err != nil || len(ts) != 1 || fmt.Sprint(ts[0]) != "{"+peerIQN+" [10.0.0.1:3260,1 [fe80::1]:3260,2]}" {
+		t.Errorf("%v, %v", ts, err)
+	}
+	if e := [2]iscsi.AsyncEvent{<-events, <-events}; e != [2]iscsi.AsyncEvent{iscsi.AsyncSCSI, iscsi.AsyncRenegotiate} {
+		t.Errorf("events %v", e)
+	}
+	for s.maxSend.Load() != smaller {
+		time.Sleep(time.Millisecond)
+	}
+	if r, err := s.Exec(t.Context(), 0, writeCDB, scsi.DirOut, make([]byte, 9000), nil); err != nil || r.Err() != nil {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
+
+// A changed capacity is seen with the unit attention that tells of it.
+func TestCapacityChanged(t *testing.T) {
+	t.Parallel()
+	portal := servePeer(t, peerOptions{}, func(p *peer) {
+		told := false
+		for p.next() {
+			var c iscsi.ScsiCommand
+			if p.h.Opcode() != iscsi.OpScsiCommand || c.Decode(&p.h) != nil {
+				p.answer()
+				continue
+			}
+			switch {
+			case !told:
+				told = true
+				p.send(&iscsi.ScsiResponse{ITT: c.ITT, Status: uint8(scsi.StatusCheckCondition), Underflow: true, Residual: c.EDTL},
+					iscsi.AppendSense(nil, scsi.Check(scsi.UnitAttention, scsi.ASCCapacityChanged).Fixed(), nil))
+			case c.CDB[0] == byte(scsi.OpServiceActionIn16):
+				p.send(&iscsi.DataIn{Final: true, HasStatus: true, ITT: c.ITT}, (&scsi.Capacity{LastLBA: 8191, BlockSize: 512}).Bytes16())
+			default:
+				p.good(c)
+			}
+		}
+	})
+	d := &Device{s: mustLogin(t, portal, testConfig()), lim: limits{transfer: 8}}
+	d.info.Store(&block.Info{Size: 1 << 20, BlockSize: 512, PhysBlock: 512})
+	if err := d.ReadAt(t.Context(), make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.Info().Size; got != 4<<20 {
+		t.Errorf("size %d after the capacity changed, want %d", got, 4<<20)
+	}
+	if err := d.ReadAt(t.Context(), make([]byte, 512), 4<<20-512); err != nil {
+		t.Errorf("the new end: %v", err)
+	}
+}
+
+// Whatever bytes a target sends after login: no panic, no hang, and the session ends.
+func FuzzSession(f *testing.F) {
+	var b iscsi.BHS
+	for _, p := range []iscsi.PDU{&iscsi.DataIn{Final: true, HasStatus: true, ITT: 1 << 16, TTT: iscsi.ReservedTag, StatSN: 0xfffffff2}, &iscsi.R2T{ITT: 1 << 16, TTT: 1, Length: 512},
+		&iscsi.NopIn{ITT: iscsi.ReservedTag, TTT: 5}, &iscsi.Reject{}, &iscsi.Async{}} {
+		p.Encode(&b)
+		b.SetDataLen(512)
+		f.Add(append(bytes.Clone(b[:]), make([]byte, 512)...))
+	}
+	f.Fuzz(func(t *testing.T, in []byte) {
+		portal := servePeer(t, peerOptions{}, func(p *peer) {
+			_, _ = p.conn.Write(in)
+		})
+		cfg := testConfig()
+		cfg.LogoutTimeout = time.Second
+		s, err := Login(t.Context(), portal, peerIQN, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = s.Exec(t.Context(), 0, readCDB, scsi.DirIn, nil, make([]byte, 512))
+		_, _ = s.Exec(t.Context(), 0, writeCDB, scsi.DirOut, make([]byte, 2048), nil)
+		<-s.Done()
+	})
+}
+
 // Logout waits for what is in flight.
 func TestLogoutDrains(t *testing.T) {
 	t.Parallel()

@@ -19,6 +19,14 @@ type CHAPCredentials struct {
 	Algorithms []CHAPAlgorithm
 }
 
+// String and GoString leave the secrets out, so that no log shows them by accident.
+func (c CHAPCredentials) String() string {
+	return fmt.Sprintf("CHAP user %q, mutual %v", c.User, c.Mutual())
+}
+
+// GoString is String.
+func (c CHAPCredentials) GoString() string { return c.String() }
+
 // Mutual tells whether the target has to prove itself.
 func (c *CHAPCredentials) Mutual() bool { return len(c.PeerSecret) > 0 }
 

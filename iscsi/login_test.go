@@ -552,3 +552,15 @@ func FuzzLogin(f *testing.F) {
 		}
 	})
 }
+
+func TestSecretsAreNotPrinted(t *testing.T) {
+	c := InitiatorLoginConfig{CHAP: &CHAPCredentials{User: "joe", Secret: []byte("hunter2"), PeerSecret: []byte("hunter3")}}
+	hex1, dec := "68756e74657232", "104 117 110"
+	for _, f := range []string{"%v", "%+v", "%#v", "%s"} {
+		for _, v := range []any{c, *c.CHAP, c.CHAP} {
+			if s := fmt.Sprintf(f, v); strings.Contains(s, "hunter") || strings.Contains(s, hex1) || strings.Contains(s, dec) {
+				t.Errorf("%s of %T shows the secret: %s", f, v, s)
+			}
+		}
+	}
+}
