@@ -232,7 +232,11 @@ func (c *conn) judge(b *iscsi.BHS, err error) error {
 	if err == nil || !errors.As(err, &pe) || pe.Fatal || b == nil {
 		return err
 	}
-	c.reject(b, pe.Reason)
+	h := *b // reading on overwrites it
+	if err := c.r.DiscardData(); err != nil {
+		return err
+	}
+	c.reject(&h, pe.Reason)
 	return nil
 }
 

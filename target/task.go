@@ -122,6 +122,8 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	}
 	t.prepare(&p)
 	if ok, tooMany := s.add(t); !ok {
+		c.srv.unreserve(t.held)
+		t.buf.Free()
 		if tooMany {
 			return &iscsi.ProtocolError{Reason: iscsi.RejectTooManyImmediate, Opcode: iscsi.OpScsiCommand, Why: "too many immediate commands"}
 		}
