@@ -189,12 +189,14 @@ func (d *Demo) build(ctx context.Context, st *state) error {
 	if err != nil {
 		return err
 	}
+	// The access list before the LUN: n3 obeys the records in their order, so when
+	// it serves the LUN it also knows who may use it.
+	if _, err := adm("n1", "acl", "open", iqn); err != nil {
+		return err
+	}
 	// The copy lies on n3: the demo shows what its loss means.
 	lun, err := adm("n1", "lun", "create", "disk1", "--target", iqn, "--size", "256M", "--node", "n3", "-o", "name")
 	if err != nil {
-		return err
-	}
-	if _, err := adm("n1", "acl", "open", iqn); err != nil {
 		return err
 	}
 	st.URL = fmt.Sprintf("iscsi://%s:%d/%s", st.Place.addr(2), st.Place.Ports.ISCSI, lun)
@@ -214,6 +216,19 @@ func served(s api.Status, lun string) bool {
 	return slices.ContainsFunc(luns, func(l api.LUN) bool {
 		return l.Target+"/"+strconv.Itoa(l.LUN) == lun && l.State != api.HealthFaulted
 	})
+}
+
+// admitTimeout is how long up waits for restarted nodes before it shows the
+// status as it is.
+const admitTimeout = 15 * time.Second
+
+func online(s api.Status) (n int) {
+	for _, x := range s.Nodes {
+		if x.State == api.NodeOnline {
+			n++
+		}
+	}
+	return n
 }
 
 // again restarts what was killed.
@@ -244,6 +259,16 @@ func (d *Demo) again(ctx context.Context, st *state) error {
 	}
 	if err := d.waitStatus(ctx, "n1", "a quorum", func(s api.Status) bool { return s.Quorum.Quorate }); err != nil {
 		return d.withLogs(err)
+	}
+	// A node that was evicted is admitted anew, which may take a moment or need a
+	// word of the operator: status tells which.
+	if len(restarted) > 0 {
+		octx, cancel := context.WithTimeout(ctx, admitTimeout)
+		err := d.waitStatus(octx, "n1", "the nodes to be admitted", func(s api.Status) bool { return online(s) == len(nodeNames) })
+		cancel()
+		if err != nil && ctx.Err() != nil {
+			return err
+		}
 	}
 	if err := d.show(ctx); err != nil {
 		return err
