@@ -61,6 +61,9 @@ func init() {
 		{"mkfs.gfs2", "mkfs-gfs", "gfs2-utils' name of mkfs-gfs", (*App).mkfs},
 		{"gfs2_mkfs", "mkfs-gfs", "gfs2-utils' older name of mkfs-gfs", (*App).mkfs},
 		{"gfs_mkfs", "mkfs-gfs", "GFS1's name of mkfs-gfs", (*App).mkfs},
+		{"gfs_tool", "clusteradm", "look at and tune a GFS2 filesystem", (*App).gfsTool},
+		{"gfs2_tool", "clusteradm", "the same under its later name", (*App).gfsTool},
+		{"tunegfs2", "clusteradm", "change the superblock of a GFS2 filesystem", (*App).tunegfs2},
 	}
 }
 

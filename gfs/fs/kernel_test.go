@@ -12,7 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/blockhouse-san/blockhouse/gfs/fs"
-	"github.com/blockhouse-san/blockhouse/gfs/internal/testimg"
+	"github.com/blockhouse-san/blockhouse/gfs/gfstest"
 	"github.com/blockhouse-san/blockhouse/gfs/mkfs"
 	"github.com/blockhouse-san/blockhouse/gfs/ondisk"
 )
@@ -62,12 +62,12 @@ func tree(t testing.TB, s fs.Store, root uint64) (map[string]string, map[string]
 // hashed directory, attributes inline, in data blocks and indirect.
 func TestKernelTree(t *testing.T) {
 	t.Parallel()
-	f, err := fs.Open(testimg.Open(t, testimg.Load(t, testimg.Clean4096)))
+	f, err := fs.Open(gfstest.Open(t, gfstest.Load(t, gfstest.Clean4096)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	got, inodes := tree(t, f, f.Super.Root.Addr)
-	if d := cmp.Diff(testimg.Sums(t, testimg.Clean4096), got); d != "" {
+	if d := cmp.Diff(gfstest.Sums(t, gfstest.Clean4096), got); d != "" {
 		t.Error(d)
 	}
 	if !inodes["big"].Exhash() {
@@ -166,7 +166,7 @@ func TestKernelTree(t *testing.T) {
 // TestReadOnly: an FS refuses every change.
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
-	f, err := fs.Open(testimg.Open(t, testimg.Make(t, 64<<20, mkfs.Config{})))
+	f, err := fs.Open(gfstest.Open(t, gfstest.Make(t, 64<<20, mkfs.Config{})))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +189,7 @@ func TestReadOnly(t *testing.T) {
 // in a Tx, against a map; the allocation counters stay right.
 func TestTxDirectory(t *testing.T) {
 	t.Parallel()
-	f, err := fs.Open(testimg.Open(t, testimg.Make(t, 64<<20, mkfs.Config{BlockSize: 512})))
+	f, err := fs.Open(gfstest.Open(t, gfstest.Make(t, 64<<20, mkfs.Config{BlockSize: 512})))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,8 +14,8 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/gfs/disk"
 	"github.com/blockhouse-san/blockhouse/gfs/fs"
-	"github.com/blockhouse-san/blockhouse/gfs/internal/powercut"
-	"github.com/blockhouse-san/blockhouse/gfs/internal/testimg"
+	"github.com/blockhouse-san/blockhouse/gfs/gfstest"
+	"github.com/blockhouse-san/blockhouse/gfs/gfstest/powercut"
 	"github.com/blockhouse-san/blockhouse/gfs/journal"
 	"github.com/blockhouse-san/blockhouse/gfs/mkfs"
 	"github.com/blockhouse-san/blockhouse/gfs/ondisk"
@@ -60,9 +60,9 @@ func sums(f *fs.FS) (map[string]string, error) {
 }
 
 // afterKill is what the tree of a dirty image must hold once its journal is
-// replayed: see gfs/internal/testimg/data/make/README.md.
+// replayed: see gfs/gfstest/data/make/README.md.
 func afterKill(t testing.TB, name string) map[string]string {
-	want := maps.Clone(testimg.Sums(t, name))
+	want := maps.Clone(gfstest.Sums(t, name))
 	for i := 1; i <= 60; i++ {
 		text := fmt.Sprintf("data%d\n", i)
 		if i == 1 {
@@ -80,11 +80,11 @@ func afterKill(t testing.TB, name string) map[string]string {
 // fsck.gfs2's own replay gets wrong (facts §4 row 2).
 func TestKernelJournal(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{testimg.Dirty4096, testimg.Dirty1024} {
+	for _, name := range []string{gfstest.Dirty4096, gfstest.Dirty1024} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			path := testimg.Load(t, name)
-			d := testimg.Open(t, path)
+			path := gfstest.Load(t, name)
+			d := gfstest.Open(t, path)
 			f := open(t, d)
 			st, dirty, err := journal.Recover(d, f, 0)
 			if err != nil || !dirty || st.Replayed < 10 || st.Found < st.Replayed {
@@ -115,7 +115,7 @@ func TestKernelJournal(t *testing.T) {
 				t.Error(d)
 			}
 			checkStatfs(t, f)
-			testimg.FsckClean(t, path)
+			gfstest.FsckClean(t, path)
 		})
 	}
 }
@@ -150,7 +150,7 @@ func checkStatfs(t testing.TB, f *fs.FS) {
 // same filesystem.
 func TestReplayPowerCut(t *testing.T) {
 	t.Parallel()
-	base := testimg.Open(t, testimg.Load(t, testimg.Dirty4096))
+	base := gfstest.Open(t, gfstest.Load(t, gfstest.Dirty4096))
 	rec := powercut.New(base)
 	if _, err := journal.RecoverAll(rec, open(t, rec)); err != nil {
 		t.Fatal(err)
@@ -160,7 +160,7 @@ func TestReplayPowerCut(t *testing.T) {
 		t.Fatal(err)
 	}
 	states := 0
-	if err := rec.Each(1, testimg.Prove(8), func(what string, d *disk.Overlay) {
+	if err := rec.Each(1, gfstest.Prove(8), func(what string, d *disk.Overlay) {
 		states++
 		f := open(t, d)
 		if _, err := journal.RecoverAll(d, f); err != nil {
@@ -188,7 +188,7 @@ func TestReplayPowerCut(t *testing.T) {
 // all.
 func TestCommitPowerCut(t *testing.T) {
 	t.Parallel()
-	base := testimg.Open(t, testimg.Make(t, 64<<20, mkfs.Config{Journals: 2}))
+	base := gfstest.Open(t, gfstest.Make(t, 64<<20, mkfs.Config{Journals: 2}))
 	rec := powercut.New(base)
 	f := open(t, rec)
 	tx, err := f.Begin()
@@ -230,7 +230,7 @@ func TestCommitPowerCut(t *testing.T) {
 		t.Fatal(err)
 	}
 	seen := map[int]int{}
-	if err := rec.Each(2, testimg.Prove(10), func(what string, d *disk.Overlay) {
+	if err := rec.Each(2, gfstest.Prove(10), func(what string, d *disk.Overlay) {
 		f := open(t, d)
 		if _, err := journal.RecoverAll(d, f); err != nil {
 			t.Errorf("%s: %v", what, err)
@@ -249,8 +249,8 @@ func TestCommitPowerCut(t *testing.T) {
 		t.Errorf("states seen: %v", seen)
 	}
 	// The end state, judged by the real tool.
-	path := testimg.Make(t, 64<<20, mkfs.Config{Journals: 2})
-	d := testimg.Open(t, path)
+	path := gfstest.Make(t, 64<<20, mkfs.Config{Journals: 2})
+	d := gfstest.Open(t, path)
 	buf := make([]byte, 1<<20)
 	for off := int64(0); off < rec.Size(); off += int64(len(buf)) {
 		if _, err := rec.ReadAt(buf, off); err != nil {
@@ -260,14 +260,14 @@ func TestCommitPowerCut(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	testimg.FsckClean(t, path)
+	gfstest.FsckClean(t, path)
 }
 
 // TestTooBig: a transaction that the log cannot hold is refused and changes
 // nothing that counts.
 func TestTooBig(t *testing.T) {
 	t.Parallel()
-	d := testimg.Open(t, testimg.Make(t, 64<<20, mkfs.Config{}))
+	d := gfstest.Open(t, gfstest.Make(t, 64<<20, mkfs.Config{}))
 	f := open(t, d)
 	tx, err := f.Begin()
 	if err != nil {
@@ -294,7 +294,7 @@ func TestTooBig(t *testing.T) {
 // or write outside the filesystem; it replays or says why not.
 func TestDamagedJournal(t *testing.T) {
 	t.Parallel()
-	base := testimg.Open(t, testimg.Load(t, testimg.Dirty4096))
+	base := gfstest.Open(t, gfstest.Load(t, gfstest.Dirty4096))
 	bf := open(t, base)
 	j, err := journal.Open(bf, 0)
 	if err != nil {

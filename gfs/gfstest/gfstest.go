@@ -1,6 +1,6 @@
-// Package testimg gives tests of gfs/... images that the kernel wrote (see
+// Package gfstest gives tests of gfs/... images that the kernel wrote (see
 // data/make/README.md) and fresh ones of ours. Only tests import it.
-package testimg
+package gfstest
 
 import (
 	"bufio"
