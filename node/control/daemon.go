@@ -263,6 +263,12 @@ func (d *Daemon) shutdown() error {
 		tcancel()
 	}
 	err := d.m.workers.shutdown(ctx, d.workerKinds())
+	// Raft restores the last snapshot at start and applies the rest only when a
+	// leader says so: with a fresh one a node without quorum still shows what it
+	// knew (RH bz 143487).
+	if serr := d.m.raft.Snapshot(ctx); serr != nil {
+		d.log.Warn("no snapshot at the end", zap.Error(serr))
+	}
 	m := d.m
 	d.m = nil
 	return errors.Join(err, m.close())

@@ -263,7 +263,7 @@ func (m *member) askAdmission() error {
 		q.ProofError = err.Error()
 	}
 	q.Proof = p
-	var last error
+	var errs []error
 	who, us := m.leaderPeer()
 	if us {
 		return errors.New("this node leads and is no member: another must lead first")
@@ -280,9 +280,9 @@ func (m *member) askAdmission() error {
 			m.log.Info("admitted", zap.Uint64("incarnation", a.Incarnation))
 			return nil
 		}
-		last = err
+		errs = append(errs, fmt.Errorf("%s: %w", w.Name, err))
 	}
-	return last
+	return errors.Join(errs...)
 }
 
 // leaveRequest is what the leader is asked for on a planned way out.

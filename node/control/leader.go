@@ -304,15 +304,15 @@ func (m *member) admit(r *http.Request) (any, error) {
 		}
 	}
 	if rec.Status == members.Evicted {
-		why := "kernel boot " + rec.BootID + " is gone, the node runs " + q.BootID
+		ev := fencing.Evidence{Method: fencing.Rejoin, BootID: q.BootID, Output: "kernel boot " + rec.BootID + " is gone, the node runs " + q.BootID}
 		if rec.BootID == q.BootID {
 			if clean == "" {
 				return nil, api.Errorf(api.CodeRefused, "mend that on "+q.Node+", or reboot it",
 					"%s was evicted and its kernel still holds: %s", q.Node, strings.Join(append(q.Proof.Found, q.ProofError), "; "))
 			}
-			why = clean
+			ev.Method, ev.Output = fencing.Clean, clean
 		}
-		if err := m.fenced(ctx, q.Node, why, q.BootID); err != nil {
+		if err := m.fenced(ctx, q.Node, ev); err != nil {
 			return nil, err
 		}
 	}
@@ -326,7 +326,7 @@ func (m *member) admit(r *http.Request) (any, error) {
 	return admitted{nr.Incarnation, res.Index}, nil
 }
 
-func (m *member) fenced(ctx context.Context, node, why, bootID string) error {
+func (m *member) fenced(ctx context.Context, node string, ev fencing.Evidence) error {
 	var epoch uint64
 	m.cluster.Read(func(v machines.View) {
 		for _, o := range v.Fencing.OpenFences() {
@@ -338,9 +338,9 @@ func (m *member) fenced(ctx context.Context, node, why, bootID string) error {
 	if epoch == 0 {
 		return nil
 	}
-	_, err := m.apply(ctx, fencing.Fenced{Now: m.d.clock.Wall(), Node: node, Epoch: epoch, Evidence: evidenceRejoin(bootID, why)})
+	_, err := m.apply(ctx, fencing.Fenced{Now: m.d.clock.Wall(), Node: node, Epoch: epoch, Evidence: ev})
 	if err == nil {
-		m.d.event("node.fenced", "node "+node+" is fenced: "+why, map[string]any{"node": node, "epoch": epoch})
+		m.d.event("node.fenced", "node "+node+" is fenced: "+ev.Output, map[string]any{"node": node, "epoch": epoch})
 	}
 	return err
 }

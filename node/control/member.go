@@ -26,7 +26,6 @@ import (
 	"github.com/blockhouse-san/blockhouse/internal/version"
 	"github.com/blockhouse-san/blockhouse/membership/detect"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
-	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/machines"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
 	"github.com/blockhouse-san/blockhouse/membership/pki"
@@ -306,10 +305,10 @@ func (m *member) apply(ctx context.Context, c fsm.Command) (fsm.Result, error) {
 // catchUp asks for a read index until the state here has reached one. Only then
 // are workers told anything: what Raft restored at start may be old (SAFETY §2).
 func (m *member) catchUp(ctx context.Context) {
+	if fault.Off(fault.ControlCatchesUp) {
+		m.wg.Go(func() { m.publish(ctx) })
+	}
 	for ctx.Err() == nil {
-		if fault.Off(fault.ControlCatchesUp) {
-			break
-		}
 		rctx, cancel := context.WithTimeout(ctx, m.d.cfg.Times().TTL)
 		idx, err := m.readIndex(rctx)
 		if err == nil {
@@ -329,7 +328,9 @@ func (m *member) catchUp(ctx context.Context) {
 	m.mu.caughtUp = true
 	m.mu.Unlock()
 	m.log.Info("caught up with the leader", zap.Uint64("index", m.cluster.Index()))
-	m.publish(ctx)
+	if !fault.Off(fault.ControlCatchesUp) {
+		m.publish(ctx)
+	}
 }
 
 type readIndexReply struct {
@@ -703,11 +704,7 @@ func (m *member) storageChange(ctx context.Context, r link.Request) (uint64, err
 	return d.Index, err
 }
 
-// evidenceRejoin is the evidence of a node that came back.
-func evidenceRejoin(bootID, text string) fencing.Evidence {
-	return fencing.Evidence{Method: fencing.Rejoin, BootID: bootID, Output: text}
-}
-
+// workerCommand is how a worker is started; its output goes where ours does.
 func (d *Daemon) workerCommand(k link.Kind) *exec.Cmd {
 	cmd := exec.Command(d.exe, "worker", string(k), "--config", d.cfgPath)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr

@@ -268,8 +268,6 @@ func evidenceText(e fencing.Evidence) string {
 	switch e.Method {
 	case fencing.Manual:
 		return "manual: " + e.Operator + ": " + e.Reason
-	case fencing.Rejoin:
-		return "rejoin: " + e.Output
 	}
 	return strings.TrimSuffix(string(e.Method)+": "+e.Output, ": ")
 }

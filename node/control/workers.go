@@ -32,7 +32,8 @@ type workers struct {
 
 	mu      sync.Mutex
 	reports map[link.Kind]workerReport
-	wg      sync.WaitGroup
+	halt    context.CancelFunc // ends run, so that shutdown is not undone by a restart
+	ended   chan struct{}      // run has returned
 }
 
 type workerReport struct {
@@ -48,12 +49,18 @@ func newWorkers(hello link.ControlHello, runDir string, clock env.Clock, log *za
 
 // run keeps the workers of the kinds until ctx ends; they live on.
 func (w *workers) run(ctx context.Context, kinds []link.Kind) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ended := make(chan struct{})
+	defer close(ended)
+	w.mu.Lock()
+	w.halt, w.ended = cancel, ended
+	w.mu.Unlock()
 	var wg sync.WaitGroup
 	for _, k := range kinds {
 		wg.Go(func() { w.keep(ctx, k) })
 	}
 	wg.Wait()
-	w.wg.Wait()
 }
 
 // report gives the last report of a worker.
@@ -205,6 +212,13 @@ func (w *workers) push(ctx context.Context, c *link.Control) {
 // shutdown asks every connected worker to drain and to end, and waits for the
 // processes.
 func (w *workers) shutdown(ctx context.Context, kinds []link.Kind) error {
+	w.mu.Lock()
+	halt, ended := w.halt, w.ended
+	w.mu.Unlock()
+	if halt != nil {
+		halt()
+		<-ended
+	}
 	var errs []error
 	for _, k := range kinds {
 		p, err := link.ReadPID(link.PIDFile(w.runDir, string(k)))

@@ -25,6 +25,7 @@ const (
 	Target Method = "target" // every target cut the node off
 	Agent  Method = "agent"  // a fence agent returned success
 	Rejoin Method = "rejoin" // the node is back with another kernel boot id
+	Clean  Method = "clean"  // the node is back with the same kernel, and proved that nothing of its storage is left there (SAFETY §3)
 )
 
 // Open is an open fence: one evicted incarnation without Fenced.
@@ -223,6 +224,10 @@ func (c *Fenced) Validate() error {
 	case Rejoin:
 		if e.BootID == "" {
 			return fmt.Errorf("fenced %s: rejoin evidence needs the new boot id", c.Node)
+		}
+	case Clean:
+		if e.BootID == "" || e.Output == "" {
+			return fmt.Errorf("fenced %s: clean evidence needs the boot id and what was looked at", c.Node)
 		}
 	default:
 		return fmt.Errorf("fenced %s: method %q", c.Node, e.Method)
@@ -444,6 +449,10 @@ func (m *Machine) fenced(index uint64, c *Fenced) (any, error) {
 	case Rejoin:
 		if e.BootID == o.BootID {
 			return nil, &fsm.Error{Kind: fsm.KindRefused, Op: "record fence", Object: c.Node, Why: "it is back with the kernel that was evicted (boot id " + o.BootID + ")", Next: "reboot it, or run clusteradm fence_manual " + c.Node + " after you have reset it"}
+		}
+	case Clean:
+		if e.BootID != o.BootID {
+			return nil, &fsm.Error{Kind: fsm.KindConflict, Op: "record fence", Object: c.Node, Why: "the proof is of kernel boot " + e.BootID + ", evicted was " + o.BootID}
 		}
 	case Agent:
 		if !m.succeeded(c.Node, c.Epoch, e.Attempt) {

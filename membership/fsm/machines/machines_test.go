@@ -214,6 +214,20 @@ func (l *log) join2(name string, t *testing.T) members.Record {
 	return must[members.Record](l, members.Admit{Now: epochStart, Node: name, From: r.Incarnation, BootID: "boot-" + name})
 }
 
+// A node that is back with the kernel that was evicted must have looked at it.
+func TestCleanEvidenceIsOfTheKernelThatWasEvicted(t *testing.T) {
+	t.Parallel()
+	l := bootstrapped(t)
+	l.join("n2")
+	e := must[members.Eviction](l, members.Evict{Now: epochStart, Node: "n2", Incarnation: 1, BootID: "boot-n2", Reason: "lost"})
+	clean := fencing.Evidence{Method: fencing.Clean, BootID: "another", Output: "no gfs2 mounts"}
+	l.refused(fencing.Fenced{Now: epochStart, Node: "n2", Epoch: e.Epoch, Evidence: clean}, fsm.ErrConflict, 4)
+	clean.BootID, clean.Output = "boot-n2", ""
+	l.refused(fencing.Fenced{Now: epochStart, Node: "n2", Epoch: e.Epoch, Evidence: clean}, fsm.ErrInvalid, 2)
+	clean.Output = "no gfs2 mounts"
+	must[fencing.Record](l, fencing.Fenced{Now: epochStart, Node: "n2", Epoch: e.Epoch, Evidence: clean})
+}
+
 // An eviction of a node that is back with another kernel is proved by that.
 func TestRejoinAndAgentEvidence(t *testing.T) {
 	t.Parallel()

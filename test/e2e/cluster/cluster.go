@@ -225,7 +225,7 @@ type Node struct {
 	Env        []string // of the next Start
 	proc       *testproc.Proc
 	client     *api.Client
-	owned      map[int]bool
+	owned      map[int]func() error // how to end each worker that was seen
 }
 
 // WriteConfig writes the node's file; extra lines go to its end.
@@ -254,7 +254,7 @@ level = "debug"
 // Start runs control and waits for its socket.
 func (n *Node) Start() {
 	n.c.t.Helper()
-	n.proc = testproc.Start(n.c.t, testproc.Spec{Name: "clusterd-" + n.Name, LogDir: n.Dir, Env: n.Env, Grace: 15 * time.Second,
+	n.proc = testproc.Start(n.c.t, testproc.Spec{Name: "clusterd-" + n.Name, LogDir: n.Dir, Env: n.Env, Grace: time.Millisecond,
 		Args: []string{filepath.Join(Bin(n.c.t), "clusterd"), "--config", n.ConfigPath}})
 	n.client = api.Dial(filepath.Join(n.Run, "clusterd.sock"))
 	n.c.Wait(n.Name+" answers", 30*time.Second, func() (bool, string) {
@@ -271,12 +271,25 @@ func (n *Node) Start() {
 // own registers the workers, so that they end with the test.
 func (n *Node) own() {
 	if n.owned == nil {
-		n.owned = map[int]bool{}
+		n.owned = map[int]func() error{}
+		// Control first, or it would start its workers again.
+		n.c.t.Cleanup(func() {
+			if n.proc != nil {
+				if err := n.proc.Kill(); err != nil {
+					n.c.t.Error(err)
+				}
+			}
+			n.own()
+			for _, end := range n.owned {
+				if err := end(); err != nil {
+					n.c.t.Error(err)
+				}
+			}
+		})
 	}
 	for _, k := range []link.Kind{link.Storage, link.Locks} {
-		if p, err := n.Worker(k); err == nil && p.Alive() && !n.owned[p.PID] {
-			n.owned[p.PID] = true
-			testproc.Own(n.c.t, p.PID, p.Alive)
+		if p, err := n.Worker(k); err == nil && p.Alive() && n.owned[p.PID] == nil {
+			n.owned[p.PID] = testproc.Own(n.c.t, p.PID, p.Alive)
 		}
 	}
 }
@@ -395,4 +408,24 @@ func (n *Node) Quorum() (api.Quorum, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
 	return api.Get[api.Quorum](ctx, n.client, api.PathQuorum)
+}
+
+// UseData puts another data folder in place of the node's, as a restored backup
+// would be.
+func (n *Node) UseData(from string) {
+	n.c.t.Helper()
+	data := filepath.Join(n.Dir, "data")
+	if err := os.Rename(data, data+".aside"); err != nil {
+		n.c.t.Fatal(err)
+	}
+	if err := os.Rename(from, data); err != nil {
+		n.c.t.Fatal(err)
+	}
+	// The copies of volumes are not part of what control restores.
+	if err := os.RemoveAll(filepath.Join(data, "volumes")); err != nil {
+		n.c.t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(data+".aside", "volumes"), filepath.Join(data, "volumes")); err != nil {
+		n.c.t.Fatal(err)
+	}
 }
