@@ -68,22 +68,33 @@ func newDemo(t *testing.T) *demo {
 	}
 	d := &demo{t, filepath.Join(home, "demo")}
 	t.Cleanup(func() {
-		for _, pid := range d.processes() {
-			t.Errorf("process %d of the demo is left: %s", pid, cmdline(pid))
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-		if t.Failed() {
-			logs, _ := filepath.Glob(filepath.Join(d.dir, "n?", "clusterd.log"))
-			for _, l := range logs {
-				b, _ := os.ReadFile(l)
-				t.Logf("%s:\n%s", l, b[max(0, len(b)-8000):])
-			}
-		}
+		d.tidy()
 		if err := os.RemoveAll(home); err != nil {
 			t.Error(err)
 		}
 	})
 	return d
+}
+
+// tidy leaves nothing behind, shows the logs of a failed test, and wants that a
+// test that passed has left nothing.
+func (d *demo) tidy() {
+	d.t.Helper()
+	pids := d.processes()
+	if !d.t.Failed() {
+		for _, pid := range pids {
+			d.t.Errorf("process %d of the demo is left: %s", pid, cmdline(pid))
+		}
+	} else {
+		logs, _ := filepath.Glob(filepath.Join(d.dir, "n?", "clusterd.log"))
+		for _, l := range logs {
+			b, _ := os.ReadFile(l)
+			d.t.Logf("%s:\n%s", l, b[max(0, len(b)-8000):])
+		}
+	}
+	for _, pid := range pids {
+		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
 }
 
 type result struct {
@@ -236,20 +247,26 @@ func TestDemo(t *testing.T) {
 	// A node dies: quorate with two, and status says what to do.
 	d.must("kill", "n1")
 	st = d.until("n1 lost, quorate with two", func(s api.Status) bool {
-		return s.Quorum.Quorate && len(s.Quorum.Online) == 2 && problem(s, `n1`) != nil
+		return s.Quorum.Quorate && len(s.Quorum.Online) == 2 && len(s.Fences) == 1 && problem(s, `n1 is lost`) != nil
 	})
-	if p := problem(st, `n1`); p.Action == "" || p.Cause == "" {
+	if p := problem(st, `n1 is lost`); p.Cause == "" || p.Action == "" || !strings.Contains(p.Command, "fence_manual n1") {
 		t.Errorf("status does not say why or what to do: %+v", p)
 	}
-	if r := d.adm("status"); r.code != 0 || !strings.Contains(r.out, "action: ") || !strings.Contains(r.err, "not running: n1") {
+	if r := d.adm("status"); r.code != 0 || !strings.Contains(r.out, "action: ") || !strings.Contains(r.out, "clusteradm fence_manual n1") || !strings.Contains(r.err, "not running: n1") {
 		t.Error("the text does not say it either")
 	}
+	// All of n1's processes were killed, so whoever killed them may say so.
+	sock := filepath.Join(d.dir, "n2", "run", "clusterd.sock")
+	if r := d.run("clusteradm", "--socket", sock, "fence_manual", "n1", "--yes-i-reset-it", "n1", "--reason", "demo kill"); r.code != 0 {
+		t.Error("the command that status names does not work")
+	}
+	d.until("no open fence", func(s api.Status) bool { return len(s.Fences) == 0 })
 
 	// What was killed starts again.
 	if r := d.must("up"); !strings.Contains(r.err, "started again: n1") {
 		t.Error("up did not start n1")
 	}
-	d.until("three votes again", func(s api.Status) bool { return len(s.Quorum.Online) == 3 })
+	d.until("three votes again", func(s api.Status) bool { return online(s) == 3 && len(s.Quorum.Online) == 3 })
 
 	// The only copy goes: the LUN is down, and status says why.
 	d.must("kill", "n3")
