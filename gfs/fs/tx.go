@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 
@@ -309,4 +310,60 @@ func (t *Tx) changes(fresh bool) []Change {
 		return 1
 	})
 	return out
+}
+
+// AllocExtent takes up to n adjacent free blocks as data: the first run of n
+// where there is one, else the first free run at all. It returns where it
+// starts and how long it is.
+func (t *Tx) AllocExtent(n uint64) (uint64, uint64, error) {
+	a, err := t.AllocRun(n)
+	if !errors.Is(err, ErrNoSpace) {
+		return a, n, err
+	}
+	first, err := t.Alloc(false)
+	if err != nil {
+		return 0, 0, err
+	}
+	got := uint64(1)
+	for got < n {
+		i, data := FindRG(t.rgs, first+got)
+		if i < 0 || !data {
+			break
+		}
+		st, err := t.rg(i)
+		if err != nil {
+			return 0, 0, err
+		}
+		k := first + got - t.rgs[i].Data0
+		if t.FS.geom.GetState(st.bits, k) != ondisk.Free {
+			break
+		}
+		t.fresh[first+got] = true
+		if err := t.setState(i, st, k, ondisk.Used); err != nil {
+			return 0, 0, err
+		}
+		got++
+	}
+	return first, got, nil
+}
+
+// EditRgrp changes the header of the resource group at block addr.
+func (t *Tx) EditRgrp(addr uint64, change func(h *ondisk.Rgrp)) error {
+	for i := range t.rgs {
+		if t.rgs[i].Addr != addr {
+			continue
+		}
+		st, err := t.rg(i)
+		if err != nil {
+			return err
+		}
+		change(&st.hdr)
+		if err := st.hdr.Encode(st.bits); err != nil {
+			return err
+		}
+		ondisk.SealRgrp(st.bits)
+		t.dirty[addr] = st.bits[:t.FS.geom.BlockSize]
+		return nil
+	}
+	return fmt.Errorf("resource group at block %d: %w", addr, ErrNotExist)
 }
