@@ -56,6 +56,9 @@ type Table struct {
 	tick  env.Boot // last Tick
 	quiet env.Boot // nobody is accused before
 	heard map[string]seen
+	// first is when we first saw an incarnation as a member: one that was admitted
+	// just now has had no time to renew.
+	first map[string]seen
 }
 
 type seen struct {
@@ -64,13 +67,14 @@ type seen struct {
 }
 
 // New makes an empty table.
-func New(cfg Config) *Table { return &Table{cfg: cfg, heard: map[string]seen{}} }
+func New(cfg Config) *Table { return &Table{cfg: cfg, heard: map[string]seen{}, first: map[string]seen{}} }
 
 // Lead begins a leadership at now: everybody may hold a lease that the former
 // leader gave up to now, so nobody's can be over before now + TTL.
 func (t *Table) Lead(now env.Boot) {
 	t.since, t.tick, t.quiet = now, now, now
 	clear(t.heard)
+	clear(t.first)
 }
 
 // Tick measures our own punctuality. It returns how late we were when that was
@@ -94,11 +98,14 @@ func (t *Table) Heard(node string, incarnation uint64, now env.Boot) {
 
 // last is when the lease of m was last renewed, as far as we may know.
 func (t *Table) last(m Member) env.Boot {
-	s, ok := t.heard[m.Node]
-	if !ok || s.inc != m.Incarnation {
-		return t.since
+	at := t.since
+	if s, ok := t.first[m.Node]; ok && s.inc == m.Incarnation {
+		at = max(at, s.at)
 	}
-	return max(s.at, t.since)
+	if s, ok := t.heard[m.Node]; ok && s.inc == m.Incarnation {
+		at = max(at, s.at)
+	}
+	return at
 }
 
 // Left is how long the lease of m still runs; negative: over for so long.
@@ -115,6 +122,11 @@ func (t *Table) Renewed(m Member) bool {
 // Lost lists the members whose lease is over, sorted by name. It is empty while
 // we distrust ourselves.
 func (t *Table) Lost(members []Member, now env.Boot) []Lost {
+	for _, m := range members {
+		if s, ok := t.first[m.Node]; !ok || s.inc != m.Incarnation {
+			t.first[m.Node] = seen{m.Incarnation, now}
+		}
+	}
 	if now < t.quiet {
 		return nil
 	}
@@ -126,7 +138,7 @@ func (t *Table) Lost(members []Member, now env.Boot) []Lost {
 		}
 		why := "no lease renewal for " + silent.Round(time.Millisecond).String()
 		if !t.Renewed(m) {
-			why = "no lease renewal since this leader was elected, " + silent.Round(time.Millisecond).String() + " ago"
+			why = "no lease renewal since its admission or this leader's election, " + silent.Round(time.Millisecond).String() + " ago"
 		}
 		out = append(out, Lost{m, silent, why})
 	}

@@ -35,6 +35,7 @@ func TestANewLeaderWaitsForTheOldOnesLeases(t *testing.T) {
 	tb := New(cfg)
 	tb.Lead(at(100 * time.Second))
 	n := []Member{{"n1", 1, "b"}}
+	tb.Lost(n, at(100*time.Second))
 	if l := tb.Lost(n, at(100*time.Second+cfg.TTL)); len(l) != 0 {
 		t.Fatalf("accused within the old leader's lease: %v", l)
 	}
@@ -78,8 +79,29 @@ func TestARenewalOfAnOldIncarnationDoesNotCount(t *testing.T) {
 	if tb.Renewed(Member{"n1", 2, "b"}) {
 		t.Fatal("incarnation 1 renewed for 2")
 	}
-	if len(tb.Lost([]Member{{"n1", 2, "b"}}, at(cfg.TTL+cfg.Margin))) != 1 {
-		t.Fatal("not lost")
+	if len(tb.Lost([]Member{{"n1", 2, "b"}}, at(950*ms))) != 0 {
+		t.Fatal("lost at the moment of its admission")
+	}
+	if len(tb.Lost([]Member{{"n1", 2, "b"}}, at(950*ms+cfg.TTL+cfg.Margin))) != 1 {
+		t.Fatal("not lost, though incarnation 2 never renewed")
+	}
+}
+
+// Seen in the demo: a node that was admitted long after the leader's election was
+// evicted at once, since it had not renewed yet, and admitted again, for ever.
+func TestWhoWasAdmittedJustNowHasTimeToRenew(t *testing.T) {
+	cfg := Default(time.Second)
+	tb := New(cfg)
+	tb.Lead(0)
+	for inc := uint64(1); inc < 4; inc++ {
+		now := at(time.Duration(inc) * time.Minute)
+		m := []Member{{"n1", inc, "b"}}
+		if len(tb.Lost(m, now)) != 0 || len(tb.Lost(m, now.Add(cfg.TTL))) != 0 {
+			t.Fatalf("incarnation %d is lost within its first lease", inc)
+		}
+		if len(tb.Lost(m, now.Add(cfg.TTL+cfg.Margin))) != 1 {
+			t.Fatalf("incarnation %d never renewed and is not lost", inc)
+		}
 	}
 }
 

@@ -95,6 +95,19 @@ func (g *NodeGate) State() string {
 	return "serving"
 }
 
+// Next is how long from now until the gate's state changes by itself; at most a
+// second.
+func (g *NodeGate) Next() time.Duration {
+	d := time.Second
+	now := g.clock.Now()
+	for _, at := range []int64{g.end.Load(), g.over.Load()} {
+		if left := env.Boot(at).Sub(now); left > 0 && left < d {
+			d = left
+		}
+	}
+	return d
+}
+
 // LeaseEnd is the end of the node lease.
 func (g *NodeGate) LeaseEnd() env.Boot { return env.Boot(g.end.Load()) }
 

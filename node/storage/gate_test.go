@@ -146,3 +146,15 @@ func BenchmarkEnterLeave(b *testing.B) {
 		}
 	}
 }
+
+func TestNextIsWhenTheStateChanges(t *testing.T) {
+	c := env.NewManual(0)
+	g := NewNodeGate(c, 300*time.Millisecond)
+	g.Extend(env.Boot(200*time.Millisecond), 1)
+	for _, want := range []time.Duration{200 * time.Millisecond, 300 * time.Millisecond, time.Second} {
+		if d := g.Next(); d != want {
+			t.Fatalf("at %v: next %v, want %v", time.Duration(c.Now()), d, want)
+		}
+		c.Step(want)
+	}
+}

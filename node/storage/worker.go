@@ -206,17 +206,18 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 		}
 	}()
 	defer w.wg.Wait()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	var last string
 	for {
 		select {
 		case <-ctx.Done():
 			w.gate.Shut()
 			return w.srv.Close()
-		case <-tick.C:
+		case <-timer.C:
 		case <-w.kick:
 		}
+		timer.Reset(w.gate.Next())
 		w.mu.Lock()
 		reset := w.mu.reset
 		w.mu.reset = false
