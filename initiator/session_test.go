@@ -110,6 +110,18 @@ func TestTargetMisdeeds(t *testing.T) {
 		{"wrong R2TSN", true, ErrProtocol, false, func(p *peer, c iscsi.ScsiCommand) {
 			p.send(&iscsi.R2T{ITT: c.ITT, TTT: 1, R2TSN: 3, Length: 512})
 		}},
+		{"R2T over MaxBurstLength", true, ErrProtocol, false, func(p *peer, c iscsi.ScsiCommand) {
+			p.send(&iscsi.R2T{ITT: c.ITT, TTT: 1, Length: 1<<20 + 1})
+		}},
+		{"more R2Ts than agreed", true, ErrProtocol, false, func(p *peer, c iscsi.ScsiCommand) {
+			var all []byte
+			for i := range uint32(1000) { // faster than the writer can serve them
+				var b iscsi.BHS
+				(&iscsi.R2T{ITT: c.ITT, TTT: 1, R2TSN: i, Length: 1 << 20, StatSN: p.stat, ExpCmdSN: p.exp, MaxCmdSN: p.max}).Encode(&b)
+				all = append(all, b[:]...)
+			}
+			_, _ = p.conn.Write(all)
+		}},
 		{"residual beyond the data", true, ErrProtocol, false, func(p *peer, c iscsi.ScsiCommand) {
 			p.send(&iscsi.ScsiResponse{ITT: c.ITT, Underflow: true, Residual: 513})
 		}},
@@ -160,7 +172,11 @@ func TestTargetMisdeeds(t *testing.T) {
 			s := mustLogin(t, portal, cfg)
 			var err error
 			if c.write {
-				_, err = s.Exec(t.Context(), 0, writeCDB, scsi.DirOut, make([]byte, 512), nil)
+				n := 512
+				if strings.Contains(c.name, "Burst") || strings.Contains(c.name, "agreed") {
+					n = 2 << 20
+				}
+				_, err = s.Exec(t.Context(), 0, writeCDB, scsi.DirOut, make([]byte, n), nil)
 			} else {
 				_, err = s.Exec(t.Context(), 0, readCDB, scsi.DirIn, nil, make([]byte, 512))
 			}

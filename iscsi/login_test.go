@@ -564,3 +564,26 @@ func TestSecretsAreNotPrinted(t *testing.T) {
 		}
 	}
 }
+
+// An account that does not exist is verified against something, to take the same
+// time; knowing what must not let anyone in.
+func TestUnknownAccountWithGuess(t *testing.T) {
+	tc := targetCfg()
+	tc.Admit = func(*LoginIdentity) Admission {
+		return Admission{Auth: LoginAuth{Required: true, Secret: func(string) []byte { return nil }}}
+	}
+	l := NewTargetLogin(tc)
+	stay := LoginRequest{CSG: StageSecurity, ITT: 1}
+	l.Step(&stay, []byte("InitiatorName="+testIni+"\x00TargetName="+testTgt+"\x00AuthMethod=CHAP\x00"))
+	st := l.Step(&stay, []byte("CHAP_A=5\x00"))
+	pairs, err := ParseText(st.Data)
+	if err != nil || len(pairs) != 3 {
+		t.Fatalf("%v, %v", pairs, err)
+	}
+	id, _ := ParseNumber(pairs[1].Value, 0, 255)
+	ch, _ := ParseBinary(pairs[2].Value)
+	st = l.Step(&stay, AppendText(nil, []Pair{{KeyCHAPN, "ghost"}, {KeyCHAPR, FormatBinary(CHAPResponse(CHAPMD5, uint8(id), ch, ch))}}))
+	if st.Resp.Status != StatusAuthFailure {
+		t.Fatalf("%v", st.Resp.Status)
+	}
+}
