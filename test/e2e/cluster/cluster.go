@@ -95,7 +95,11 @@ func Config(lines string) Option { return func(c *Cluster) { c.extra = lines } }
 // New prepares n nodes n1… without starting them.
 func New(t testing.TB, n int, opts ...Option) *Cluster {
 	t.Helper()
-	c := &Cluster{t: t, Name: "demo", Dir: testproc.ArtefactDir(t), profile: "normal", block: freeBlock(t)}
+	dir, err := os.MkdirTemp(testproc.ArtefactDir(t), "cluster-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Cluster{t: t, Name: "demo", Dir: dir, profile: "normal", block: freeBlock(t)}
 	for _, o := range opts {
 		o(c)
 	}
