@@ -63,6 +63,8 @@ func init() {
 		{"gfs_mkfs", "mkfs-gfs", "GFS1's name of mkfs-gfs", (*App).mkfs},
 		{"gfs_tool", "clusteradm", "look at and tune a GFS2 filesystem", (*App).gfsTool},
 		{"gfs2_tool", "clusteradm", "the same under its later name", (*App).gfsTool},
+		{"gfs2_grow", "clusteradm", "make a GFS2 filesystem larger", (*App).gfs2Grow},
+		{"gfs2_jadd", "clusteradm", "add journals to a GFS2 filesystem", (*App).gfs2Jadd},
 		{"tunegfs2", "clusteradm", "change the superblock of a GFS2 filesystem", (*App).tunegfs2},
 	}
 }
