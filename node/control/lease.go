@@ -207,7 +207,8 @@ type renewer struct {
 	dial     func(ctx context.Context, p peer) (net.Conn, error)
 	fill     func() renew // Seq is set here
 	granted  func(end env.Boot, g grant)
-	denied   func(d deny) // code admit or unknown
+	denied   func(d deny)  // code admit or unknown
+	kick     chan struct{} // something changed that the leader waits for: renew now
 
 	mu   sync.Mutex
 	sent map[uint64]env.Boot
@@ -280,7 +281,13 @@ func (r *renewer) session(ctx context.Context, p peer) error {
 		if err := conn.Send(tRenew, m); err != nil {
 			break
 		}
-		_ = r.clock.Sleep(ctx, r.interval)
+		t := time.NewTimer(r.interval)
+		select {
+		case <-t.C:
+		case <-r.kick:
+		case <-ctx.Done():
+		}
+		t.Stop()
 	}
 	_ = conn.Close()
 	return <-ended

@@ -118,7 +118,13 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 	renew := &renewer{interval: times.Renew, ttl: times.TTL, clock: d.clock, log: m.log, leader: func() (peer, bool) {
 		p, _ := m.leaderPeer()
 		return p, p.Raft != ""
-	}, peers: m.peers, dial: m.dialLease, fill: m.renewal, granted: m.onGrant, denied: m.onDeny}
+	}, peers: m.peers, dial: m.dialLease, fill: m.renewal, granted: m.onGrant, denied: m.onDeny, kick: make(chan struct{}, 1)}
+	m.workers.changed = func() {
+		select {
+		case renew.kick <- struct{}{}:
+		default:
+		}
+	}
 
 	ctx, cancel := context.WithCancel(context.Background())
 	m.ctx, m.cancel = ctx, cancel
@@ -636,7 +642,8 @@ func (m *member) onLeader(read bool, h http.Handler) http.Handler {
 		ctx = context.WithValue(ctx, keyBody, body)
 		r = r.WithContext(ctx)
 		r.Body = io.NopCloser(bytes.NewReader(body))
-		for try := 0; ; try++ {
+		const pause = 20 * time.Millisecond
+		for waited := time.Duration(0); ; waited += pause {
 			p, us := m.leaderPeer()
 			if us || read && r.Header.Get(hdrForwarded) != "" {
 				h.ServeHTTP(w, r)
@@ -647,17 +654,17 @@ func (m *member) onLeader(read bool, h http.Handler) http.Handler {
 					return
 				}
 			}
-			if read && try >= 2 {
+			if read && waited >= 200*time.Millisecond {
 				h.ServeHTTP(w, r)
 				return
 			}
 			// An election takes a second or two; the user need not repeat.
-			if !read && time.Duration(try)*100*time.Millisecond > 6*m.d.cfg.Times().Heartbeat {
+			if !read && waited > 6*m.d.cfg.Times().Heartbeat {
 				writeError(w, api.Errorf(api.CodeNoQuorum, "clusteradm quorum show",
 					"there is no quorum: nothing may be changed; %d voters are needed", len(m.raft.Configuration().Voters())/2+1))
 				return
 			}
-			if m.d.clock.Sleep(ctx, 100*time.Millisecond) != nil {
+			if m.d.clock.Sleep(ctx, pause) != nil {
 				writeError(w, api.Errorf(api.CodeTimeout, "clusteradm quorum show", "no leader answered in time"))
 				return
 			}

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,8 @@ type workers struct {
 	request func(ctx context.Context, k link.Kind, r link.Request) link.Reply
 	clock   env.Clock
 	log     *zap.Logger
+
+	changed func() // a worker's report says something new; must not wait
 
 	state *cell[link.State] // set only once control has caught up
 	lease *cell[link.Lease]
@@ -169,8 +172,12 @@ func (w *workers) talk(ctx context.Context, k link.Kind, c *link.Control) error 
 	w.mu.Unlock()
 	return c.Run(func(r link.Report) {
 		w.mu.Lock()
-		defer w.mu.Unlock()
+		old := w.reports[k]
 		w.reports[k] = workerReport{r, w.clock.Now(), true}
+		w.mu.Unlock()
+		if old.Gate != r.Gate || !bytes.Equal(old.Detail, r.Detail) {
+			w.changed()
+		}
 	}, func(r link.Request) {
 		wg.Go(func() {
 			rep := w.request(ctx, k, r)
