@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -692,6 +693,11 @@ func FuzzSession(f *testing.F) {
 		})
 		cfg := testConfig()
 		cfg.LogoutTimeout = time.Second
+		dog := time.AfterFunc(8*time.Second, func() {
+			debug.SetTraceback("all")
+			panic(fmt.Sprintf("hang with %x", in))
+		})
+		defer dog.Stop()
 		s, err := Login(t.Context(), portal, peerIQN, cfg)
 		if err != nil {
 			t.Fatal(err)
