@@ -2,6 +2,7 @@ package target
 
 import (
 	"bytes"
+	"encoding/binary"
 
 	"github.com/blockhouse-san/blockhouse/block"
 	"github.com/blockhouse-san/blockhouse/scsi"
@@ -16,11 +17,11 @@ func init() {
 		handle(op, none, handler{check: checkWriteVerify, run: runWriteVerify, slow: true})
 	}
 	for _, op := range []scsi.Opcode{scsi.OpWriteSame10, scsi.OpWriteSame16} {
-		handle(op, none, handler{check: checkWriteSame, run: runWriteSame, slow: true})
+		handle(op, none, handler{check: checkWriteSame, run: runWriteSame, slow: true, exact: true})
 	}
 	handle(scsi.OpUnmap, none, handler{check: checkUnmap, run: runUnmap, slow: true})
 	handle(scsi.OpServiceActionIn16, scsi.SAGetLBAStatus, handler{check: checkLBAStatus, run: runLBAStatus, slow: true})
-	handle(scsi.OpCompareAndWrite, none, handler{check: checkCompareAndWrite, run: runCompareAndWrite, slow: true})
+	handle(scsi.OpCompareAndWrite, none, handler{check: checkCompareAndWrite, run: runCompareAndWrite, slow: true, exact: true})
 	handle(scsi.OpOrWrite16, none, handler{check: checkProtect, run: runOrWrite, slow: true})
 	for _, op := range []scsi.Opcode{scsi.OpPrefetch10, scsi.OpPrefetch16} {
 		// Nothing is cached that a later read would find faster: GOOD, not CONDITION MET.
@@ -165,7 +166,7 @@ func checkWriteSame(t *task) *scsi.Sense {
 	if c.LBA() < t.lu.blocks() && t.toEnd() > uint64(maxWriteSameBytes/t.lu.blockSize()) {
 		return scsi.InvalidField(c, scsi.FCount)
 	}
-	return checkExact(t)
+	return nil
 }
 
 func runWriteSame(x *exec) error {
@@ -284,15 +285,6 @@ func runLBAStatus(x *exec) error {
 	return nil
 }
 
-// checkExact wants the data-out to be as long as the CDB says: a cut write is not
-// what these commands are for.
-func checkExact(t *task) *scsi.Sense {
-	if uint64(t.edtl) != t.transferLength() {
-		return scsi.Check(scsi.IllegalRequest, scsi.ASCParamListLength)
-	}
-	return nil
-}
-
 func checkCompareAndWrite(t *task) *scsi.Sense {
 	if s := checkProtect(t); s != nil {
 		return s
@@ -300,7 +292,7 @@ func checkCompareAndWrite(t *task) *scsi.Sense {
 	if t.cdb.Blocks() == 0 && t.edtl > 0 { // more than the field holds
 		return scsi.InvalidField(&t.cdb, scsi.FCount)
 	}
-	return checkExact(t)
+	return nil
 }
 
 func runCompareAndWrite(x *exec) error {
@@ -328,8 +320,9 @@ func runOrWrite(x *exec) error {
 	if err := x.lu.dev.ReadAt(x.ctx, b.B, x.offset()); err != nil {
 		return x.fail("read for orwrite", err)
 	}
-	for i := range p {
-		b.B[i] |= p[i]
+	for i := 0; i < len(p); i += 8 { // blocks are multiples of 8
+		w := binary.NativeEndian.Uint64(b.B[i:]) | binary.NativeEndian.Uint64(p[i:])
+		binary.NativeEndian.PutUint64(b.B[i:], w)
 	}
 	if err := x.lu.dev.WriteAt(x.ctx, b.B, x.offset(), x.flags()); err != nil {
 		return x.fail("write", err)
@@ -349,43 +342,34 @@ func runDefects(x *exec) error {
 }
 
 func checkStartStop(t *task) *scsi.Sense {
-	switch {
-	case t.cdb.Get(scsi.FPowerCondition) != 0:
-		return scsi.InvalidField(&t.cdb, scsi.FPowerCondition)
-	case t.cdb.Is(scsi.FLoEj) && !t.lu.removable:
+	if t.cdb.Get(scsi.FPowerCondition) == 0 && t.cdb.Is(scsi.FLoEj) && !t.lu.removable {
 		return scsi.InvalidField(&t.cdb, scsi.FLoEj)
 	}
 	return nil
 }
 
-// runStartStop loads and ejects removable units. A fixed unit is shared by many
-// hosts: one of them stopping it must not take it from the others, so STOP only
-// flushes.
+// runStartStop loads and ejects removable units. A unit is shared by many hosts
+// and has no motor: STOP only flushes, power conditions change nothing.
 func runStartStop(x *exec) error {
 	m := &x.lu.medium
 	start, eject := x.cdb.Is(scsi.FStart), x.cdb.Is(scsi.FLoEj)
+	if x.cdb.Get(scsi.FPowerCondition) != 0 {
+		return nil
+	}
 	if !start && !x.cdb.Is(scsi.FNoFlush) {
 		if err := x.lu.dev.Flush(x.ctx); err != nil {
 			return x.fail("flush", err)
 		}
 	}
+	if !eject {
+		return nil
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	switch {
-	case !x.lu.removable:
-	case start:
-		m.stopped = false
-		if eject {
-			m.ejected = false
-		}
-	case eject:
-		if len(m.prevent) > 0 {
-			return scsi.Check(scsi.IllegalRequest, scsi.ASCRemovalPrevented)
-		}
-		m.ejected = true
-	default:
-		m.stopped = true
+	if len(m.prevent) > 0 {
+		return scsi.Check(scsi.IllegalRequest, scsi.ASCRemovalPrevented)
 	}
+	m.ejected = !start
 	return nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/blockhouse-san/blockhouse/block"
 	"github.com/blockhouse-san/blockhouse/iscsi"
@@ -100,6 +101,26 @@ func (c *conn) shut(why error) {
 		close(c.closed)
 		_ = c.nc.Close()
 	})
+}
+
+// hungUp tells whether the initiator has closed the connection, which the reader
+// may not have noticed yet.
+func (c *conn) hungUp() bool {
+	tc, ok := c.nc.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := tc.SyscallConn()
+	if err != nil {
+		return true
+	}
+	gone := false
+	err = raw.Control(func(fd uintptr) {
+		const closeWait, closed = 8, 7 // states of TCP as the kernel numbers them
+		ti, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		gone = err == nil && (ti.State == closeWait || ti.State == closed)
+	})
+	return gone || err != nil
 }
 
 var (
@@ -350,6 +371,7 @@ func (c *conn) onLogout(b *iscsi.BHS) error {
 		}
 		// Everything in progress ends before the response (§11.14).
 		c.s.abort(func(*task) bool { return true }, func() {
+			c.s.lose()
 			c.queue(response{pdu: resp, last: true})
 			c.kick()
 		})

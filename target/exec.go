@@ -30,6 +30,9 @@ type handler struct {
 	memory, slow, whole bool
 	// noLUN: answers also where there is no logical unit.
 	noLUN bool
+	// exact: the expected length must be the CDB's; a cut write is not what the
+	// command is for.
+	exact bool
 }
 
 var errConflict = errors.New("reservation conflict")
@@ -89,6 +92,9 @@ func (t *task) check() *outcome {
 			return bad(scsi.InvalidField(&t.cdb, id))
 		}
 	}
+	if t.h.exact && uint64(t.edtl) != t.transferLength() {
+		return bad(scsi.Check(scsi.IllegalRequest, scsi.ASCParamListLength))
+	}
 	// A write whose data phase has the wrong direction has no data and cannot be
 	// GOOD; a read moves nothing then, which the residual tells.
 	if t.edtl > 0 && t.cdb.Direction() == scsi.DirOut && !t.write {
@@ -128,11 +134,8 @@ func (t *task) mediumReady(cmd *scsi.Command) *scsi.Sense {
 	case scsi.EffectRead, scsi.EffectWrite, scsi.EffectFlush, scsi.EffectState:
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		switch {
-		case m.ejected:
+		if m.ejected {
 			return scsi.Check(scsi.NotReady, scsi.ASCMediumNotPresent)
-		case m.stopped:
-			return scsi.Check(scsi.NotReady, scsi.ASCInitializingRequired)
 		}
 	}
 	return nil

@@ -77,7 +77,6 @@ type entry struct {
 // mediumState is what START STOP UNIT and PREVENT ALLOW change.
 type mediumState struct {
 	mu      sync.Mutex
-	stopped bool
 	ejected bool
 	prevent map[pr.Nexus]bool
 	// sanitizing is the progress of a SANITIZE under way, -1 = none.

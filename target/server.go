@@ -561,7 +561,7 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 		srv: s, isid: id.ISID, name: id.InitiatorName, alias: id.InitiatorAlias, user: id.User, params: p, since: time.Now(), conn: c,
 		in: map[*logicalUnit]Incarnation{}, tasks: map[uint32]*task{}, drained: make(chan struct{}),
 	}
-	var old *session
+	var olds []*session
 	var units []*logicalUnit
 	code := scsi.ASCPowerOn
 	if !id.Discovery {
@@ -572,16 +572,21 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 		}
 		x.tgt = n
 		x.nexus = pr.Nexus{ID: scsi.TransportID{Name: id.InitiatorName, ISID: id.ISID, HasISID: true}, Port: n.conf.Load().RelPort}
+		again := false
 		for _, o := range s.sessions {
-			if o.tgt == n && o.nexus == x.nexus {
-				old = o
+			switch {
+			case o.tgt != n || o.name != x.name:
+			case o.nexus == x.nexus:
+				olds, again = append(olds, o), true
+			case o.conn.hungUp(): // its nexus is lost before this one begins
+				olds = append(olds, o)
 			}
 		}
 		units = n.units()
 		for _, u := range units {
 			x.in[u] = u.gate.Incarnation()
 		}
-		if old != nil || s.lost[x.nexus] {
+		if again || s.lost[x.nexus] {
 			code = scsi.ASCNexusLoss
 		}
 		delete(s.lost, x.nexus)
@@ -608,10 +613,14 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	}
 	c.log = x.log
 	s.mu.Unlock()
-	if old != nil {
+	for _, old := range olds {
 		// Reinstatement (§6.3.5). Writes of the old session that still run keep
 		// their place in the range queues in front of the new one's.
 		old.end(errReinstated)
+		select { // not for a disk that hangs
+		case <-old.drained:
+		case <-time.After(reinstateWait):
+		}
 		s.mu.Lock()
 		delete(s.lost, x.nexus)
 		s.mu.Unlock()
@@ -622,6 +631,10 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	x.log.Info("session started", zap.Stringer("isid", x.isid), zap.Bool("discovery", id.Discovery))
 	return tsih, iscsi.StatusSuccess
 }
+
+// reinstateWait is how long a login waits for the old session of its nexus to
+// release what it held.
+const reinstateWait = time.Second
 
 var errReinstated = errors.New("the initiator logged in again")
 
@@ -691,8 +704,8 @@ func (s *Server) sessionsOf(n *node) (out []*session) {
 }
 
 // clear aborts every task of some logical units, of every session, tells the
-// other nexuses with code, and calls done when all tasks have ended. reset ends
-// what a reset ends.
+// nexuses with code, and calls done when all tasks have ended. reset ends what a
+// reset ends.
 func (s *Server) clear(us []*logicalUnit, by *session, code scsi.ASC, reset bool, done func()) {
 	g := &group{done: done}
 	for _, x := range s.list() {
@@ -707,7 +720,7 @@ func (s *Server) clear(us []*logicalUnit, by *session, code scsi.ASC, reset bool
 				x.buryAll(u) // on its own reader
 			}
 			n := x.abortInto(g, func(t *task) bool { return t.lu == u })
-			if x != by && (reset || n > 0) {
+			if reset || x != by && n > 0 { // a reset is told to its sender too (SAM-5 7.6)
 				x.attend(u, code)
 			}
 		}

@@ -32,6 +32,7 @@ type session struct {
 	in     map[*logicalUnit]Incarnation // of each gate when the session was admitted; guarded by mu
 	log    *zap.Logger
 	stats  counters
+	lost   sync.Once // nexus loss was done
 
 	// attentions is the number of queued unit attentions, so that the path of
 	// every command need not take mu.
@@ -295,17 +296,26 @@ func (s *session) end(why error) {
 	clear(s.early)
 	s.mu.Unlock()
 	s.conn.shut(why)
-	s.srv.forget(s)
 	s.abort(func(*task) bool { return true }, func() {
-		if s.tgt != nil {
-			for _, u := range s.tgt.units() {
-				u.medium.forget(s.nexus)
-				if _, err := u.res.Apply(context.Background(), pr.Request{Kind: pr.KindNexusLoss, Nexus: s.nexus}); err != nil {
-					s.log.Warn("release reservation of a lost nexus", zap.String("volume", u.volume), zap.Error(err))
-				}
-			}
-		}
+		s.lose()
+		s.srv.forget(s) // on the list until then: a new login of the nexus waits for it
 		s.log.Info("session ended", zap.NamedError("cause", why))
 		close(s.drained)
+	})
+}
+
+// lose ends what an I_T nexus loss ends, once: RESERVE, PREVENT. A logout does it
+// before its response, so that the initiator's next login finds it done.
+func (s *session) lose() {
+	s.lost.Do(func() {
+		if s.tgt == nil {
+			return
+		}
+		for _, u := range s.tgt.units() {
+			u.medium.forget(s.nexus)
+			if _, err := u.res.Apply(context.Background(), pr.Request{Kind: pr.KindNexusLoss, Nexus: s.nexus}); err != nil {
+				s.log.Warn("release reservation of a lost nexus", zap.String("volume", u.volume), zap.Error(err))
+			}
+		}
 	})
 }

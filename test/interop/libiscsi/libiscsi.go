@@ -80,7 +80,7 @@ func Family(tests []string, families ...string) (out []string) {
 type Runner struct {
 	URL   string        // iscsi://HOST:PORT/IQN/LUN
 	URL2  string        // a second path, or empty
-	Limit time.Duration // per test, 0 = 40 s
+	Limit time.Duration // per test, 0 = 60 s
 	Args  []string      // further arguments
 }
 
@@ -88,7 +88,7 @@ type Runner struct {
 func (r *Runner) Run(ctx context.Context, test string) Result {
 	limit := r.Limit
 	if limit == 0 {
-		limit = 40 * time.Second
+		limit = 60 * time.Second
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -216,5 +216,10 @@ func Table(rs []Result) string {
 		fmt.Fprintf(&b, "%-24s %5d %5d %5d\n", n, rows[n].pass, rows[n].fail, rows[n].skip)
 	}
 	fmt.Fprintf(&b, "%-24s %5d %5d %5d\n%s", "all", total.pass, total.fail, total.skip, detail.String())
+	for _, r := range rs {
+		if r.Took > 5*time.Second {
+			fmt.Fprintf(&b, "slow  %s: %s\n", r.Test, r.Took.Round(100*time.Millisecond))
+		}
+	}
 	return b.String()
 }

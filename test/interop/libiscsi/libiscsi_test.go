@@ -39,6 +39,7 @@ const iqn = "iqn.2026-01.net.blockhouse:conformance"
 type variant struct {
 	blockSize int
 	size      int64
+	paths     int // portals, 0 = 1
 	wrap      func(block.Device) block.Device
 	lun       func(*target.LUN)
 }
@@ -69,14 +70,17 @@ func serve(t *testing.T, v variant) *Runner {
 	if err != nil {
 		t.Fatal(err)
 	}
-	portal := netip.MustParseAddrPort("127.0.0.1:0")
+	portals := []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")}
+	if v.paths == 2 {
+		portals = append(portals, netip.MustParseAddrPort("127.0.0.2:0"))
+	}
 	l := target.LUN{Number: 1, Volume: "conformance", Generation: 1, Device: dev,
 		Identity: target.Identity{Product: "c0nf0rm1 suite", Serial: "0123456789abcdef", UUID: [16]byte{1, 2, 3, 4}}}
 	if v.lun != nil {
 		v.lun(&l)
 	}
 	err = srv.Apply(target.Config{Targets: []target.Target{{
-		IQN: iqn, TPGT: 1, RelPort: 1, Portals: []netip.AddrPort{portal}, ACL: target.ACL{Open: true}, LUNs: []target.LUN{l},
+		IQN: iqn, TPGT: 1, RelPort: 1, Portals: portals, ACL: target.ACL{Open: true}, LUNs: []target.LUN{l},
 	}}})
 	if err != nil {
 		t.Fatal(err)
@@ -86,16 +90,21 @@ func serve(t *testing.T, v variant) *Runner {
 			t.Error(err)
 		}
 	})
-	addr, ok := srv.Addr(portal)
-	if !ok {
-		t.Fatal("the portal is not open")
+	var urls []string
+	for _, p := range portals {
+		addr, ok := srv.Addr(p)
+		if !ok {
+			t.Fatalf("portal %s is not open", p)
+		}
+		urls = append(urls, fmt.Sprintf("iscsi://%s/%s/1", addr, iqn))
 	}
-	return &Runner{URL: fmt.Sprintf("iscsi://%s/%s/1", addr, iqn)}
+	return &Runner{URL: urls[0], URL2: strings.Join(urls[1:], "")}
 }
 
 // TestSpine is issue 2's list: nothing failed, nothing skipped but what needs
 // protection information.
 func TestSpine(t *testing.T) {
+	t.Parallel()
 	need(t)
 	all, err := List(t.Context())
 	if err != nil {
@@ -128,6 +137,7 @@ func protection(r Result) bool {
 // TestHarnessFails: against a target that lies, the harness must say FAIL. A
 // suite that cannot fail proves nothing.
 func TestHarnessFails(t *testing.T) {
+	t.Parallel()
 	need(t)
 	r := serve(t, variant{wrap: func(d block.Device) block.Device {
 		return fault.New(d, fault.Rule{Ops: fault.Read, Corrupt: true})
@@ -180,9 +190,53 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// TestAll runs the whole list for information: LIBISCSI_ALL=1.
+// TestVariants runs the families that need another logical unit, and the whole
+// data path on 4096-byte blocks.
+func TestVariants(t *testing.T) {
+	t.Parallel()
+	need(t)
+	all, err := List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		name     string
+		v        variant
+		families []string
+	}{
+		{"removable", variant{lun: func(l *target.LUN) { l.Removable = true }}, []string{"PreventAllow", "StartStopUnit", "NoMedia"}},
+		{"read-only", variant{lun: func(l *target.LUN) { l.ReadOnly = true }}, []string{"ReadOnly"}},
+		{"two paths", variant{paths: 2}, []string{"MultipathIO"}},
+		{"4096", variant{blockSize: 4096}, []string{"GetLBAStatus", "Read16", "Write16", "Unmap", "WriteSame16"}},
+		{"fixed, data", variant{}, []string{"CompareAndWrite", "OrWrite", "Unmap", "WriteSame10", "WriteSame16", "iSCSIResiduals", "iSCSIcmdsn", "iSCSIdatasn"}},
+		{"fixed", variant{}, []string{"PrinReadKeys", "PrinReportCapabilities", "PrinServiceactionRange", "ProutClear",
+			"ProutPreempt", "ProutRegister", "ProutReserve", "ReadDefectData10", "ReadDefectData12", "ReportSupportedOpcodes", "Reserve6",
+			"Verify10", "Verify12", "Verify16", "WriteVerify10", "WriteVerify12", "WriteVerify16", "ModeSense6", "Prefetch10", "Prefetch16"}},
+	} {
+		t.Run(x.name, func(t *testing.T) {
+			t.Parallel()
+			rs := serve(t, x.v).RunAll(t.Context(), Family(all, x.families...), 1)
+			t.Logf("\n%s", Table(rs))
+			for _, r := range rs {
+				if r.Verdict != Pass && !(x.name == "4096" && onlyLarger(r)) {
+					t.Errorf("%s %s: %s", r.Verdict, r.Test, r.Why)
+				}
+			}
+		})
+	}
+}
+
+// onlyLarger tells whether a test was skipped because logical and physical block
+// are the same size; the other variants run it.
+func onlyLarger(r Result) bool {
+	return r.Verdict == Skip && strings.Contains(r.Why, "LBPPB")
+}
+
+// TestAll runs the whole list for information: LIBISCSI_ALL=1, or a variant's
+// name (removable, readonly, paths, 4096).
 func TestAll(t *testing.T) {
-	if os.Getenv("LIBISCSI_ALL") == "" {
+	which := os.Getenv("LIBISCSI_ALL")
+	if which == "" {
 		t.Skip("skip: the whole list runs with LIBISCSI_ALL=1")
 	}
 	need(t)
@@ -193,7 +247,18 @@ func TestAll(t *testing.T) {
 	if f := os.Getenv("LIBISCSI_FAMILY"); f != "" {
 		all = Family(all, strings.Split(f, ",")...)
 	}
-	rs := serve(t, variant{}).RunAll(t.Context(), all, 1)
+	var v variant
+	switch which {
+	case "removable":
+		v.lun = func(l *target.LUN) { l.Removable = true }
+	case "readonly":
+		v.lun = func(l *target.LUN) { l.ReadOnly = true }
+	case "paths":
+		v.paths = 2
+	case "4096":
+		v.blockSize = 4096
+	}
+	rs := serve(t, v).RunAll(t.Context(), all, 1)
 	t.Logf("\n%s", Table(rs))
 	if os.Getenv("LIBISCSI_VERBOSE") != "" {
 		for _, r := range rs {
