@@ -165,3 +165,16 @@ func FsckClean(t testing.TB, path string) {
 		t.Errorf("fsck.gfs2 -n %s: %v\n%s%s", path, err, out, stderr.Bytes())
 	}
 }
+
+// Sparse makes an empty file of size bytes.
+func Sparse(t testing.TB, size int64) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "img")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}

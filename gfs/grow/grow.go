@@ -235,7 +235,7 @@ func AddJournals(dev journal.Device, f *fs.FS, p JournalPlan, now int64, progres
 		return err
 	}
 	for j := p.Old; j < p.New; j++ {
-		if err := b.add(jindex, perNode, j, p); err != nil {
+		if err := b.add(jindex, perNode, j, p, false); err != nil {
 			return fmt.Errorf("add journal %d: %w", j, err)
 		}
 		if progress != nil {
@@ -254,30 +254,43 @@ type builder struct {
 	now int64
 }
 
-func (b *builder) add(jindex, perNode *fs.Inode, j int, p JournalPlan) error {
+// add makes the four files of a journal. With missing, those that exist stay.
+func (b *builder) add(jindex, perNode *fs.Inode, j int, p JournalPlan, missing bool) error {
 	n := strconv.Itoa(j)
+	create := func(dir *fs.Inode, name string, flags uint32) (*fs.Inode, error) {
+		ip, err := b.create(dir, name+n, flags)
+		if missing && errors.Is(err, fs.ErrExist) {
+			return nil, nil
+		}
+		return ip, err
+	}
 	for _, s := range []struct {
 		name string
 		size uint64
 	}{{"inum_range", ondisk.InumRangeSize}, {"statfs_change", ondisk.StatfsChangeSize}} {
-		ip, err := b.create(perNode, s.name+n, ondisk.DISystem|ondisk.DIJdata)
+		ip, err := create(perNode, s.name, ondisk.DISystem|ondisk.DIJdata)
 		if err != nil {
 			return err
+		}
+		if ip == nil {
+			continue
 		}
 		ip.Size = s.size
 		if err := ip.Put(); err != nil {
 			return err
 		}
 	}
-	quota, err := b.create(perNode, "quota_change"+n, ondisk.DISystem)
+	quota, err := create(perNode, "quota_change", ondisk.DISystem)
 	if err != nil {
 		return err
 	}
-	if err := b.fill(quota, uint64(p.QuotaMB)<<20, func(blk []byte, _ uint64, _ uint32) { ondisk.PutMeta(blk, ondisk.TypeQC) }); err != nil {
-		return err
+	if quota != nil {
+		if err := b.fill(quota, uint64(p.QuotaMB)<<20, func(blk []byte, _ uint64, _ uint32) { ondisk.PutMeta(blk, ondisk.TypeQC) }); err != nil {
+			return err
+		}
 	}
-	jr, err := b.create(jindex, "journal"+n, ondisk.DISystem)
-	if err != nil {
+	jr, err := create(jindex, "journal", ondisk.DISystem)
+	if err != nil || jr == nil {
 		return err
 	}
 	return b.fill(jr, uint64(p.MB)<<20, func(blk []byte, addr uint64, i uint32) {
@@ -385,4 +398,57 @@ func (b *builder) fill(ip *fs.Inode, size uint64, format func(blk []byte, addr u
 	ip.Size = size
 	ip.Blocks += blocks
 	return ip.Put()
+}
+
+// Restore makes the missing ones of journal j's four system files anew, as fsck
+// does after their loss. It returns the blocks and dinodes that it took. With logged, the
+// change goes through the first clean journal; else blocks are written in an
+// order that leaves the files unreferenced until the end.
+func Restore(dev journal.Device, f *fs.FS, j, mb, quotaMB int, now int64, logged bool) (blocks, dinodes uint64, err error) {
+	tx, err := f.Begin()
+	if err != nil {
+		return 0, 0, err
+	}
+	b := &builder{tx: tx, dev: dev, now: now}
+	jindex, err := tx.System("jindex")
+	if err != nil {
+		return 0, 0, err
+	}
+	perNode, err := tx.System("per_node")
+	if err != nil {
+		return 0, 0, err
+	}
+	err = b.add(jindex, perNode, j, JournalPlan{MB: mb, QuotaMB: quotaMB}, true)
+	if err != nil {
+		return 0, 0, err
+	}
+	blocks, dinodes = uint64(-tx.FreeDelta), uint64(tx.DinodeDelta)
+	if logged {
+		total, err := f.Journals()
+		if err != nil {
+			return 0, 0, err
+		}
+		for i := range total {
+			if i == j {
+				continue
+			}
+			err := journal.Commit(dev, tx, i)
+			if err == nil || !errors.Is(err, journal.ErrUnclean) && !errors.Is(err, journal.ErrNoHead) && !errors.Is(err, fs.ErrCorrupt) && !errors.Is(err, fs.ErrNotExist) {
+				return blocks, dinodes, err
+			}
+		}
+	}
+	g := f.Geometry()
+	for _, part := range [][]fs.Change{tx.Fresh(), tx.Changed()} {
+		for _, c := range part {
+			if _, err := dev.WriteAt(c.Data, int64(c.Addr<<g.Shift)); err != nil {
+				return 0, 0, fmt.Errorf("write block %d: %w", c.Addr, err)
+			}
+		}
+		if err := dev.Flush(); err != nil {
+			return 0, 0, err
+		}
+	}
+	f.Drop()
+	return blocks, dinodes, nil
 }
