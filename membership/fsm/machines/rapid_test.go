@@ -88,7 +88,7 @@ func genCommand(t *rapid.T, i int, c *machines.Cluster) fsm.Command {
 			}
 		})
 	}
-	switch r.IntN(40) {
+	switch r.IntN(46) {
 	case 0, 1:
 		return members.Bootstrap{Cluster: "c1", UUID: clusterUUID, Node: newNode("n1", 1)}
 	case 2, 3:
@@ -121,6 +121,21 @@ func genCommand(t *rapid.T, i int, c *machines.Cluster) fsm.Command {
 			}
 		})
 		return gone
+	case 40, 41:
+		return storage.AccountCreate{Request: req, Name: tok, Sealed: bytes.Repeat([]byte{seed}, 40), Key: "0011223344556677"}
+	case 42:
+		return storage.AccountBind{Target: []string{"", iqn}[r.IntN(2)], Name: tok, Outgoing: r.IntN(3) == 0}
+	case 43:
+		if r.IntN(2) == 0 {
+			return storage.AccountDelete{Name: tok, Force: r.IntN(2) == 0}
+		}
+		return storage.AccountUnbind{Target: []string{"", iqn}[r.IntN(2)], Name: tok, Outgoing: r.IntN(3) == 0}
+	case 44:
+		off := inc%2 == 0
+		return storage.TargetSet{Target: iqn, Params: map[string]string{"nop_count": []string{"", "3"}[r.IntN(2)]}, Offline: &off}
+	case 45:
+		ro := inc%2 == 0
+		return storage.LunSet{Target: iqn, Number: r.IntN(3), ReadOnly: &ro}
 	case 34:
 		return members.SetRoles{Node: node, Roles: members.Roles{Storage: true, Host: seed == 1}}
 	case 35:

@@ -30,6 +30,12 @@ const (
 	kindACLSet
 	kindACLAdd
 	kindACLRemove
+	kindAccountCreate
+	kindAccountDelete
+	kindAccountBind
+	kindAccountUnbind
+	kindTargetSet
+	kindLunSet
 )
 
 // NewVolume is what a volume is made of. Config.Epoch is 1 and Others is empty.
@@ -37,6 +43,9 @@ type NewVolume struct {
 	Name     string         `json:"name"`
 	Config   replica.Config `json:"config"`
 	Identity Identity       `json:"identity"`
+	// Store is where the bytes of the only copy lie, if not in its node's own
+	// folder: "file:/path" or "block:/dev/x" (ParseStore).
+	Store string `json:"store,omitempty"`
 }
 
 // VolumeCreate records a volume in state creating. Every member of its ISR must
@@ -188,6 +197,12 @@ func (*Machine) Kinds() []fsm.Kind {
 		row(kindACLSet, "acl-set", func() any { return new(ACLSet) }),
 		row(kindACLAdd, "acl-add", func() any { return new(ACLAdd) }),
 		row(kindACLRemove, "acl-remove", func() any { return new(ACLRemove) }),
+		row(kindAccountCreate, "account-create", func() any { return new(AccountCreate) }),
+		row(kindAccountDelete, "account-delete", func() any { return new(AccountDelete) }),
+		row(kindAccountBind, "account-bind", func() any { return new(AccountBind) }),
+		row(kindAccountUnbind, "account-unbind", func() any { return new(AccountUnbind) }),
+		row(kindTargetSet, "target-set", func() any { return new(TargetSet) }),
+		row(kindLunSet, "lun-set", func() any { return new(LunSet) }),
 	}
 }
 
@@ -324,6 +339,12 @@ func (v *NewVolume) Validate() error {
 	}
 	if v.Config.Epoch != 1 || len(v.Config.Others) != 0 || v.Config.Lineage == "" {
 		return fmt.Errorf("volume %s: a new one has epoch 1, a lineage and only in-sync members", v.Name)
+	}
+	if _, _, err := ParseStore(v.Store); err != nil {
+		return fmt.Errorf("volume %s: %w", v.Name, err)
+	}
+	if v.Store != "" && len(v.Config.ISR) != 1 {
+		return fmt.Errorf("volume %s: the store %s is on one node, the volume has %d copies", v.Name, v.Store, len(v.Config.ISR))
 	}
 	id := v.Identity
 	if len(id.Product) != 8 || len(id.NAA) != 32 || id.NAA[0] != '6' || id.Serial == "" {

@@ -50,7 +50,7 @@ func (m *Machine) NodeUsers(node string) []string {
 func (*Machine) ID() fsm.ID { return fsm.Storage }
 
 // Version implements fsm.Machine.
-func (*Machine) Version() uint32 { return 1 }
+func (*Machine) Version() uint32 { return 2 }
 
 // Snapshot implements fsm.Machine.
 func (m *Machine) Snapshot(w io.Writer) error { return fsm.WriteJSON(w, m.s) }
@@ -106,6 +106,18 @@ func (m *Machine) Apply(index uint64, cmd any) (any, error) {
 		})
 	case *ACLRemove:
 		return m.acl(c.Target, func(a *ACL) (ACL, error) { return aclWithout(c.Target, *a, c.ACL) })
+	case *AccountCreate:
+		return m.accountCreate(index, c)
+	case *AccountDelete:
+		return m.accountDelete(c)
+	case *AccountBind:
+		return m.accountBind(c)
+	case *AccountUnbind:
+		return m.accountUnbind(c)
+	case *TargetSet:
+		return m.targetSet(c)
+	case *LunSet:
+		return m.lunSet(c)
 	}
 	return nil, fmt.Errorf("storage: command %T has no handler", cmd)
 }
@@ -138,6 +150,11 @@ func (m *Machine) checkNew(n *NewVolume) error {
 			return &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: n.Name, Why: "its identity is taken", Next: "try again"}
 		}
 	}
+	for _, v := range m.s.ListVolumes() {
+		if n.Store != "" && v.Store == n.Store && v.Config.Primary == n.Config.Primary {
+			return &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: n.Name, Why: n.Store + " on " + v.Config.Primary + " is the store of volume " + v.Name}
+		}
+	}
 	for _, node := range n.Config.ISR {
 		if !m.members.IsStorage(node) {
 			return &fsm.Error{Kind: fsm.KindRefused, Op: op, Object: n.Name, Why: "node " + node + " is no member with the storage role", Next: "run clusteradm node list"}
@@ -149,7 +166,7 @@ func (m *Machine) checkNew(n *NewVolume) error {
 func (m *Machine) put(index uint64, request string, n *NewVolume) *Volume {
 	v := &Volume{
 		Name: n.Name, State: Creating, Identity: n.Identity, Config: cloneConfig(n.Config),
-		Created: index, Changed: index, Request: request,
+		Created: index, Changed: index, Request: request, Store: n.Store,
 	}
 	m.s.Volumes[v.Config.UUID] = v
 	return v

@@ -34,10 +34,11 @@ type Volume struct {
 	State    VolumeState    `json:"state"`
 	Identity Identity       `json:"identity"`
 	Config   replica.Config `json:"config"`
-	Created  uint64         `json:"created"`  // log index
-	Changed  uint64         `json:"changed"`  // log index of the last change
-	Request  string         `json:"request"`  // of its creation
-	LastCAS  string         `json:"last_cas"` // request id of the last change of Config
+	Created  uint64         `json:"created"`         // log index
+	Changed  uint64         `json:"changed"`         // log index of the last change
+	Request  string         `json:"request"`         // of its creation
+	LastCAS  string         `json:"last_cas"`        // request id of the last change of Config
+	Store    string         `json:"store,omitempty"` // of the only copy (NewVolume.Store); never erased by us
 }
 
 // Clone is a deep copy.
@@ -68,6 +69,12 @@ type Target struct {
 	TID   int    `json:"tid"` // number for tgtadm, from 1
 	Alias string `json:"alias,omitempty"`
 	ACL   ACL    `json:"acl"`
+	Auth  Auth   `json:"auth,omitzero"`
+	// Params are negotiation limits by their name in RFC 7143, and tgtadm's own
+	// (nop_interval …); what is not here has its default.
+	Params map[string]string `json:"params,omitempty"`
+	// Offline takes no login, for drains.
+	Offline bool `json:"offline,omitempty"`
 	// LUNs by number.
 	LUNs map[int]*LUN `json:"luns"`
 	// Generation rises with each change of ACL or LUN map.
@@ -79,7 +86,7 @@ type Target struct {
 // Clone is a deep copy.
 func (t *Target) Clone() Target {
 	c := *t
-	c.ACL = t.ACL.Clone()
+	c.ACL, c.Auth, c.Params = t.ACL.Clone(), t.Auth.Clone(), maps.Clone(t.Params)
 	c.LUNs = make(map[int]*LUN, len(t.LUNs))
 	for n, l := range t.LUNs {
 		x := *l
@@ -98,6 +105,7 @@ type LUN struct {
 	Volume     string `json:"volume"`     // uuid
 	Generation uint64 `json:"generation"` // never given twice; the gate compares it with the session's (SAFETY §4)
 	ReadOnly   bool   `json:"read_only,omitempty"`
+	Removable  bool   `json:"removable,omitempty"`
 	Request    string `json:"request,omitempty"`
 }
 
@@ -147,6 +155,9 @@ type State struct {
 	Targets    map[string]*Target `json:"targets"` // by iqn
 	Gone       map[string]*Gone   `json:"gone"`    // by uuid
 	Generation uint64             `json:"generation"`
+	// Since section version 2.
+	Accounts  map[string]*Account `json:"accounts,omitempty"` // by name
+	Discovery Auth                `json:"discovery,omitzero"`
 }
 
 func newState() *State {
@@ -157,6 +168,14 @@ func newState() *State {
 func (s *State) Clone() *State {
 	c := newState()
 	c.Generation = s.Generation
+	c.Discovery = s.Discovery.Clone()
+	if s.Accounts != nil {
+		c.Accounts = make(map[string]*Account, len(s.Accounts))
+	}
+	for k, a := range s.Accounts {
+		x := a.Clone()
+		c.Accounts[k] = &x
+	}
 	for k, v := range s.Volumes {
 		x := v.Clone()
 		c.Volumes[k] = &x
