@@ -63,10 +63,74 @@ func (o *Options) defaults() error {
 	return o.Want.Validate()
 }
 
+// Secret is a CHAP secret. It prints as nothing, in logs and in JSON.
+type Secret []byte
+
+// String hides the secret.
+func (Secret) String() string { return "(hidden)" }
+
+// GoString hides the secret.
+func (Secret) GoString() string { return "(hidden)" }
+
+// MarshalText hides the secret.
+func (Secret) MarshalText() ([]byte, error) { return []byte("(hidden)"), nil }
+
+// Account is a CHAP name with its secret.
+type Account struct {
+	Name   string
+	Secret Secret
+}
+
+// Auth says how initiators prove themselves. The zero value asks for nothing.
+type Auth struct {
+	// Accounts that may log in; with any, CHAP is required.
+	Accounts []Account
+	// Out answers initiators that want the target to prove itself (mutual CHAP); an
+	// empty name refuses that. Its secret must differ from every account's.
+	Out Account
+	// Algorithms that are accepted, nil = all of them.
+	Algorithms []iscsi.CHAPAlgorithm
+}
+
+func (a *Auth) required() bool { return len(a.Accounts) > 0 }
+
+func (a *Auth) secret(name string) []byte {
+	for _, c := range a.Accounts {
+		if c.Name == name {
+			return c.Secret
+		}
+	}
+	return nil
+}
+
+func (a *Auth) validate() error {
+	seen := map[string]bool{}
+	for _, c := range a.Accounts {
+		switch {
+		case c.Name == "" || len(c.Secret) == 0:
+			return errors.New("account without name or secret")
+		case seen[c.Name]:
+			return fmt.Errorf("account %s: configured twice", c.Name)
+		case a.Out.Name != "" && string(c.Secret) == string(a.Out.Secret):
+			return fmt.Errorf("account %s has the secret of the outgoing account: both directions need their own", c.Name)
+		}
+		seen[c.Name] = true
+	}
+	if a.Out.Name != "" && len(a.Out.Secret) == 0 {
+		return fmt.Errorf("outgoing account %s: no secret", a.Out.Name)
+	}
+	if a.Out.Name != "" && len(a.Accounts) == 0 {
+		return fmt.Errorf("outgoing account %s without an incoming one: the target proves itself only to an initiator that did", a.Out.Name)
+	}
+	return nil
+}
+
 // Config is the desired state of a Server. Apply makes it so, whatever the state
 // was before.
 type Config struct {
 	Targets []Target
+	// Discovery is the authentication of discovery sessions.
+	Discovery Auth
 	// Cut are initiator names that may not log in, with the epoch at which they
 	// were fenced.
 	Cut map[string]uint64
@@ -83,6 +147,7 @@ type Target struct {
 	// initiators as the one that they came to.
 	Portals []netip.AddrPort
 	ACL     ACL
+	Auth    Auth
 	LUNs    []LUN
 	// Offline refuses logins with "service unavailable", for drains.
 	Offline bool
@@ -144,6 +209,9 @@ const Vendor = "BLKHOUSE"
 
 // Validate returns the first error of a configuration.
 func (c *Config) Validate() error {
+	if err := c.Discovery.validate(); err != nil {
+		return fmt.Errorf("discovery: %w", err)
+	}
 	seen := map[string]bool{}
 	vols := map[string]*LUN{}
 	for i := range c.Targets {
@@ -161,6 +229,9 @@ func (c *Config) Validate() error {
 		}
 		if len(t.Portals) == 0 {
 			return fmt.Errorf("target %s: no portal", t.IQN)
+		}
+		if err := t.Auth.validate(); err != nil {
+			return fmt.Errorf("target %s: %w", t.IQN, err)
 		}
 		nums := map[scsi.LUN]bool{}
 		for j := range t.LUNs {

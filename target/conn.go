@@ -45,6 +45,8 @@ type conn struct {
 	pinged   atomic.Int64 // when an unanswered NOP-In was sent, 0 = none
 	logout   atomic.Bool  // a logout response was queued: the writer closes after it
 
+	challenges [][]byte // CHAP challenges sent during login
+
 	// Of the reader.
 	tombs   map[uint32]struct{} // tags whose stray Data-Out is dropped silently
 	text    iscsi.TextBuffer
@@ -131,6 +133,7 @@ var (
 // serve runs the connection from its first byte.
 func (c *conn) serve() {
 	err := c.login()
+	c.srv.guard.done(c.challenges)
 	c.srv.loginDone()
 	if err != nil {
 		c.shut(err)
@@ -174,6 +177,9 @@ func (c *conn) login() error {
 			return err
 		}
 		st := m.Step(&req, data)
+		if st.Done || st.Err != nil {
+			c.authOutcome(st.Err, m.Identity().User)
+		}
 		if st.Done {
 			// The session exists: CmdSN of the login request is the next expected
 			// (login requests are immediate).

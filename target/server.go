@@ -49,6 +49,7 @@ type Server struct {
 	stop  chan struct{}
 	wg    sync.WaitGroup
 
+	guard    *guard
 	buffered atomic.Int64 // bytes of data phases in memory
 
 	applyMu sync.Mutex // one Apply, Cut or Close at a time
@@ -62,6 +63,7 @@ type Server struct {
 	lus       map[string]*logicalUnit // by volume
 	local     map[string]*Local       // reservations kept over a removal, by volume
 	cut       map[string]uint64
+	discovery Auth
 	lost      map[pr.Nexus]bool // nexuses whose session was lost, for UA 29/07
 	nextTSIH  uint16
 	seq       uint64
@@ -113,7 +115,7 @@ func New(o Options) (*Server, error) {
 	s := &Server{
 		opt: o, log: o.Logger, epoch: time.Now(), stop: make(chan struct{}),
 		nodes: map[string]*node{}, listeners: map[netip.AddrPort]*listener{}, sessions: map[uint16]*session{}, conns: map[*conn]struct{}{},
-		lus: map[string]*logicalUnit{}, local: map[string]*Local{}, cut: map[string]uint64{}, lost: map[pr.Nexus]bool{},
+		lus: map[string]*logicalUnit{}, local: map[string]*Local{}, cut: map[string]uint64{}, lost: map[pr.Nexus]bool{}, guard: newGuard(),
 	}
 	if o.NopInterval > 0 || o.StallLimit > 0 {
 		s.wg.Add(1)
@@ -255,7 +257,7 @@ func (s *Server) Apply(c Config) error {
 			drop = append(drop, byNode[n]...)
 		} else {
 			for _, sess := range byNode[n] {
-				if !t.ACL.Allows(sess.name, sess.conn.remote.Addr()) {
+				if !t.ACL.Allows(sess.name, sess.conn.remote.Addr()) || t.Auth.required() && t.Auth.secret(sess.user) == nil {
 					drop = append(drop, sess)
 				} else if changed {
 					for _, u := range n.units() {
@@ -286,6 +288,7 @@ func (s *Server) Apply(c Config) error {
 			}
 		}
 	}
+	s.discovery = c.Discovery
 	for name, epoch := range c.Cut {
 		name = iscsi.NormalizeName(name)
 		if s.cut[name] < epoch {
@@ -498,8 +501,11 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 	if _, ok := s.cut[id.InitiatorName]; ok {
 		return no(iscsi.StatusForbidden)
 	}
+	if s.guard.locked(c.remote.Addr(), time.Now()) {
+		return no(iscsi.StatusServiceUnavailable)
+	}
 	if id.Discovery {
-		return iscsi.Admission{}
+		return iscsi.Admission{Auth: c.loginAuth(&s.discovery)}
 	}
 	n := s.nodes[id.TargetName]
 	if n == nil {
@@ -532,7 +538,7 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 			return no(iscsi.StatusServiceUnavailable)
 		}
 	}
-	return iscsi.Admission{Alias: t.Alias, TPGT: t.TPGT}
+	return iscsi.Admission{Alias: t.Alias, TPGT: t.TPGT, Auth: c.loginAuth(&t.Auth)}
 }
 
 // reachable tells whether the connection came through a portal of the target.
