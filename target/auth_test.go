@@ -105,9 +105,11 @@ func TestCHAP(t *testing.T) {
 		}
 		b.srv.guard.succeeded(netip.MustParseAddr("127.0.0.1")) // not what this test is about
 	}
-	if err := dial(t, b.addr()).loginWith(iscsi.InitiatorLoginConfig{CHAP: &liar}); err == nil {
+	l := dial(t, b.addr())
+	if err := l.loginWith(iscsi.InitiatorLoginConfig{CHAP: &liar}); err == nil {
 		t.Error("a target with another secret was believed")
 	}
+	_ = l.nc.Close()
 	if st := dial(t, b.addr()).tryLogin(loginOpt{}); st != iscsi.StatusAuthFailure {
 		t.Errorf("login that begins in the operational stage: %s", st)
 	}
