@@ -65,6 +65,10 @@ func init() {
 		{"gfs2_tool", "clusteradm", "the same under its later name", (*App).gfsTool},
 		{"gfs2_grow", "clusteradm", "make a GFS2 filesystem larger", (*App).gfs2Grow},
 		{"gfs2_jadd", "clusteradm", "add journals to a GFS2 filesystem", (*App).gfs2Jadd},
+		{"fsck-gfs", "clusteradm", "check and repair a GFS2 filesystem", (*App).fsckFace},
+		{"fsck.gfs2", "clusteradm", "gfs2-utils' name of fsck-gfs", (*App).fsckFace},
+		{"gfs2_fsck", "clusteradm", "gfs2-utils' older name of fsck-gfs", (*App).fsckFace},
+		{"gfs_fsck", "clusteradm", "GFS1's name of fsck-gfs", (*App).fsckFace},
 		{"tunegfs2", "clusteradm", "change the superblock of a GFS2 filesystem", (*App).tunegfs2},
 	}
 }

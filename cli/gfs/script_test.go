@@ -2,7 +2,6 @@ package gfs
 
 import (
 	"os"
-	"os/exec"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -12,7 +11,7 @@ func TestMain(m *testing.M) {
 	cmds := map[string]func(){}
 	for _, f := range Faces() {
 		name := f.Name
-		if _, err := exec.LookPath(name); err == nil {
+		if name == "mkfs.gfs2" || name == "fsck.gfs2" || name == "tunegfs2" {
 			continue // scripts mean the real one
 		}
 		cmds[name] = func() { os.Exit(Main(name, os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }

@@ -135,8 +135,16 @@ func (c *checker) judge(dir uint64, e fs.Entry) (*inode, bool, error) {
 			c.problem("Directory %d: entry %q points to block %d, which is no inode: it is removed", dir, e.Name, e.Inum.Addr)
 			return nil, false, nil
 		}
-		c.problem("Inode %d is not marked as one in the bitmap", e.Inum.Addr)
-		ip = c.find(e.Inum.Addr)
+		if ip = c.find(e.Inum.Addr); ip == nil {
+			return nil, false, nil // its mode was impossible: said
+		}
+		c.problem("Inode %d is not marked as one in the bitmap, or says that it has no links", e.Inum.Addr)
+	}
+	if ip.formal == 0 && e.Inum.Formal != 0 {
+		c.problem("Inode %d has no formal number: it gets that of its entry %q", ip.addr, e.Name)
+		if err := c.setFormal(ip, e.Inum.Formal); err != nil {
+			return nil, false, err
+		}
 	}
 	switch {
 	case ip.formal != e.Inum.Formal:
@@ -158,6 +166,22 @@ func (c *checker) judge(dir uint64, e fs.Entry) (*inode, bool, error) {
 		ip.parent = dir
 	}
 	return ip, true, nil
+}
+
+func (c *checker) setFormal(ip *inode, n uint64) error {
+	b, err := c.block(ip.addr)
+	if err != nil {
+		return err
+	}
+	var d ondisk.Dinode
+	if err := d.Decode(b); err != nil {
+		return err
+	}
+	d.Num.Formal, ip.formal = n, n
+	if err := d.Encode(b); err != nil {
+		return err
+	}
+	return c.put(ip.addr, b)
 }
 
 // checkParent compares ".." with where the directory was found, and counts it

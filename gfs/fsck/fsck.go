@@ -67,12 +67,13 @@ type checker struct {
 	rgs []ondisk.Rindex
 	res Result
 
-	blocks *blockMap
-	lastRG int
-	inodes []inode // by address
-	extra  map[uint64]*inode
-	dups   map[uint64]bool
-	clean  []bool // by resource group: bitmap all zero and header right for that
+	blocks   *blockMap
+	lastRG   int
+	inodes   []inode // by address
+	extra    map[uint64]*inode
+	suspects []uint64
+	dups     map[uint64]bool
+	clean    []bool // by resource group: bitmap all zero and header right for that
 
 	salvage  map[uint64][]fs.Entry // directories to be rebuilt
 	journals int                   // how many there should be

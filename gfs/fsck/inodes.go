@@ -51,6 +51,18 @@ func (c *checker) checkInodes() error {
 		}
 		c.cfg.Progress("inodes", uint64(i+1), uint64(len(c.rgs)))
 	}
+	for _, a := range c.suspects {
+		if c.blocks.get(a) != ondisk.Free {
+			continue
+		}
+		b, err := c.block(a)
+		if err != nil {
+			return err
+		}
+		if err := c.aside(a, b); err != nil {
+			return err
+		}
+	}
 	// The two directories that everything hangs on, whatever the bitmap says.
 	for _, d := range []struct {
 		name string
@@ -146,7 +158,7 @@ func (c *checker) walkDinodes(where []uint64, bits []byte, r *ondisk.Rindex) err
 		for _, a := range where[i:k] {
 			at := (a - where[i]) << c.g.Shift
 			unlinked := c.g.GetState(bits, a-r.Data0) == ondisk.Unlinked
-			if err := c.walkInode(a, buf[at:at+uint64(c.g.BlockSize)], unlinked); err != nil {
+			if err := c.walkInode(a, buf[at:at+uint64(c.g.BlockSize)], unlinked, false); err != nil {
 				return err
 			}
 		}
@@ -169,14 +181,19 @@ func (c *checker) recover(addr, formal uint64) (bool, error) {
 	if ondisk.CheckMeta(b, ondisk.TypeDI) != nil || d.Decode(b) != nil || d.Num.Addr != addr || formal != 0 && d.Num.Formal != formal {
 		return false, nil
 	}
+	return true, c.aside(addr, b)
+}
+
+// aside walks a dinode out of turn.
+func (c *checker) aside(addr uint64, b []byte) error {
 	n := len(c.inodes)
-	if err := c.walkInode(addr, b, false); err != nil || len(c.inodes) == n {
-		return false, err
+	if err := c.walkInode(addr, b, false, true); err != nil || len(c.inodes) == n {
+		return err
 	}
 	ip := c.inodes[n] // the slice stays sorted: this one goes to the side
 	c.inodes = c.inodes[:n]
 	c.extra[addr] = &ip
-	return true, nil
+	return nil
 }
 
 // walk is the state of one inode's walk.
@@ -189,7 +206,13 @@ type walk struct {
 }
 
 // walkInode judges the dinode in b and everything that it points to.
-func (c *checker) walkInode(addr uint64, b []byte, unlinked bool) error {
+//
+// Two kinds of block marked as dinodes are put off until all others are walked:
+// one that carries another address (a copy in a journal, or a damaged one), and
+// one without links that is not marked as unlinked (the rest of a deleted one,
+// or a damaged count). They count only if nobody else has the block, and the
+// latter only if it has a name. sure says that this is settled.
+func (c *checker) walkInode(addr uint64, b []byte, unlinked, sure bool) error {
 	if c.drop[addr] {
 		return nil
 	}
@@ -201,12 +224,16 @@ func (c *checker) walkInode(addr uint64, b []byte, unlinked bool) error {
 	if err := ip.Decode(b); err != nil {
 		return err
 	}
+	if !sure && ip.Num.Addr != addr {
+		c.suspects = append(c.suspects, addr)
+		return nil
+	}
+	if !sure && !unlinked && ip.Nlink == 0 {
+		return nil
+	}
 	w := &walk{ip: ip, n: 1, di: append([]byte(nil), b...)}
 	if ip.Num.Addr != addr {
 		c.problem("Inode %d says that it is inode %d", addr, ip.Num.Addr)
-		if ip.Num.Addr != 0 && ip.Nlink == 0 {
-			return nil // the rest of a deleted one
-		}
 		ip.Num.Addr, w.change = addr, true
 	}
 	typ := ondisk.DirentType(ip.Mode)

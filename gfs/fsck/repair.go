@@ -3,13 +3,19 @@ package fsck
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 
 	"github.com/blockhouse-san/blockhouse/gfs/fs"
+	"github.com/blockhouse-san/blockhouse/gfs/journal"
 	"github.com/blockhouse-san/blockhouse/gfs/ondisk"
 )
 
 // repair does what needs free blocks, now that the bitmaps can be trusted.
 func (c *checker) repair() error {
+	if err := c.mendJournals(); err != nil {
+		return err
+	}
 	if err := c.rebuildJournals(); err != nil {
 		return err
 	}
@@ -25,6 +31,69 @@ func (c *checker) repair() error {
 		}
 	}
 	return c.lostFound()
+}
+
+// mendJournals fills holes that the passes before have torn into journals whose
+// pointers were wrong. The journals are clean: what was in them is in place.
+func (c *checker) mendJournals() error {
+	for i := range c.journals {
+		if c.missing[i] {
+			continue
+		}
+		if _, err := journal.Open(c.f, i); err == nil {
+			continue
+		} else if !errors.Is(err, fs.ErrCorrupt) {
+			return err
+		}
+		c.problem("Journal %d has holes: they are filled", i)
+		tx, err := c.f.Begin()
+		if err != nil {
+			return err
+		}
+		ip, err := tx.System("jindex", "journal"+strconv.Itoa(i))
+		if err != nil {
+			return err
+		}
+		// A copy of another file's block is of no use in a journal.
+		c.clones = slices.DeleteFunc(c.clones, func(cl clone) bool { return cl.owner == ip.Num.Addr })
+		for b := range ip.Size >> c.g.Shift {
+			if a, err := ip.Map(b); err != nil || a != 0 {
+				if err != nil {
+					return err
+				}
+				continue
+			}
+			a, err := ip.MapNew(b)
+			if err != nil {
+				return err
+			}
+			p, err := tx.Dirty(a)
+			if err != nil {
+				return err
+			}
+			journal.FormatBlock(p, ip.Num.Addr, a, uint32(b), 0)
+		}
+		if err := ip.Put(); err != nil {
+			return err
+		}
+		c.res.Free += uint64(tx.FreeDelta)
+		for _, ch := range append(tx.Fresh(), tx.Changed()...) {
+			if err := c.put(ch.Addr, ch.Data); err != nil {
+				return err
+			}
+		}
+		// fsck.gfs2 and older kernels look for the head by bisection: the sequence
+		// has to rise from block to block, also where the new blocks are.
+		j, err := journal.Open(c.f, i)
+		if err != nil {
+			return err
+		}
+		if err := j.Reset(c.dev); err != nil {
+			return err
+		}
+		c.f.Drop()
+	}
+	return nil
 }
 
 // batch is how many changes go into one transaction: a journal of 8 MB with
@@ -171,6 +240,12 @@ func (c *checker) lostFound() error {
 		}
 		k := min(batch, len(lost))
 		for _, ip := range lost[:k] {
+			if ip.formal == 0 {
+				c.maxIno++
+				if err := c.setFormal(ip, c.maxIno); err != nil {
+					return err
+				}
+			}
 			name := fmt.Sprintf("lost_%s_%d", kindName(ip), ip.addr)
 			if _, err := d.Lookup(name); err == nil {
 				name += fmt.Sprintf("_%d", ip.formal)

@@ -55,6 +55,9 @@ func EachEA(b []byte, f func(e *EA) bool) error {
 		e.Off = off
 		if !e.Unused() {
 			end := EAHeaderSize + int(e.NameLen)
+			if e.Type > EATrusted {
+				return fmt.Errorf("%w: type %d at offset %d", ErrEA, e.Type, off)
+			}
 			if end > rec || e.NameLen == 0 {
 				return fmt.Errorf("%w: name of %d bytes in a record of %d at offset %d", ErrEA, e.NameLen, rec, off)
 			}
