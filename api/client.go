@@ -12,9 +12,13 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
+
+// HeaderTimeout carries how long the client waits, in milliseconds.
+const HeaderTimeout = "X-Blockhouse-Timeout"
 
 // Client talks to one clusterd. It may be used by many goroutines.
 type Client struct {
@@ -72,6 +76,9 @@ func (c *Client) Do(ctx context.Context, method, path string, in, out any) error
 	for k, v := range c.head {
 		req.Header[k] = v
 	}
+	if end, ok := ctx.Deadline(); ok {
+		req.Header.Set(HeaderTimeout, strconv.FormatInt(max(1, time.Until(end).Milliseconds()), 10))
+	}
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
@@ -113,6 +120,11 @@ func (c *Client) transportError(ctx context.Context, err error) error {
 	var ue *url.Error
 	if errors.As(err, &ue) {
 		err = ue.Err
+	}
+	// A certificate that was refused says so itself (membership/pki).
+	var denied interface{ Denied() bool }
+	if errors.As(err, &denied) && denied.Denied() {
+		return Errorf(CodeDenied, "", "connect to clusterd at %s: %v", c.name, err)
 	}
 	next := "systemctl status clusterd"
 	if errors.Is(err, os.ErrPermission) {

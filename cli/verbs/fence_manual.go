@@ -16,10 +16,9 @@ import (
 	"github.com/blockhouse-san/blockhouse/internal/version"
 )
 
-// The texts of fence_ack_manual, which operators and scripts know: three lines,
-// of which the last is empty, then manual.Prompt (facts/interfaces.md §3.4).
+// The texts of fence_ack_manual after manual.Warning and manual.Prompt, which
+// operators and scripts know (facts/interfaces.md §3.4).
 const (
-	ackWarning = "About to override fencing for %s.\nImproper use of this command can cause severe file system damage.\n\n"
 	ackAborted = "Aborted."
 	ackDone    = "Done"
 )
@@ -177,7 +176,7 @@ func (a *app) askAck(ctx context.Context, k ack, f api.Fence) (string, error) {
 	if a.format == "json" || a.format == "yaml" {
 		out = a.Err // the document stands alone on stdout
 	}
-	fmt.Fprintf(out, ackWarning, k.node)
+	fmt.Fprint(out, manual.Warning(k.node))
 	// As the shell's read -p: the prompt is for a person, and stands on stderr.
 	tty := isTerminal(a.In)
 	if tty {

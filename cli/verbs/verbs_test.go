@@ -610,10 +610,10 @@ func TestRemote(t *testing.T) {
 	if got := run(good, me); got.code != 0 || got.out != "n1\nn2\nn3\n" {
 		t.Errorf("our node: %+v", got)
 	}
-	if got := run(serve(issue(theirs, pki.Node, "n1")), me); got.code != 8 || !strings.Contains(got.err, "cluster") {
+	if got := run(serve(issue(theirs, pki.Node, "n1")), me); got.code != 7 || !strings.Contains(got.err, "cluster") {
 		t.Errorf("a node of another cluster: %+v", got)
 	}
-	if got := run(serve(issue(ours, pki.Admin, "mallory")), me); got.code != 8 || !strings.Contains(got.err, "mallory") {
+	if got := run(serve(issue(ours, pki.Admin, "mallory")), me); got.code != 7 || !strings.Contains(got.err, "mallory") {
 		t.Errorf("an administrator who plays a node: %+v", got)
 	}
 	if got := run(good, issue(theirs, pki.Admin, "me")); got.code == 0 {

@@ -21,9 +21,10 @@ const Word = "absolutely"
 // Prompt is printed after Warning, without a newline.
 const Prompt = "Continue [NO/" + Word + "]? "
 
-// Warning is the text before the prompt, with its newline.
+// Warning is the text before the prompt: two lines and a blank one, as
+// fence_ack_manual prints them.
 func Warning(node string) string {
-	return "About to override fencing for " + node + ". Improper use of this command can cause severe file system damage.\n"
+	return "About to override fencing for " + node + ".\nImproper use of this command can cause severe file system damage.\n\n"
 }
 
 // Accepted tells whether an answer proceeds: the word alone, as it is spelled,

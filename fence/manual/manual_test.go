@@ -14,7 +14,7 @@ import (
 // The texts of fence_ack_manual, to the letter (facts/cluster.md §1.1).
 func TestTexts(t *testing.T) {
 	t.Parallel()
-	if got := Warning("n3"); got != "About to override fencing for n3. Improper use of this command can cause severe file system damage.\n" {
+	if got := Warning("n3"); got != "About to override fencing for n3.\nImproper use of this command can cause severe file system damage.\n\n" {
 		t.Errorf("%q", got)
 	}
 	if Prompt != "Continue [NO/absolutely]? " {

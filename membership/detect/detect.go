@@ -67,7 +67,9 @@ type seen struct {
 }
 
 // New makes an empty table.
-func New(cfg Config) *Table { return &Table{cfg: cfg, heard: map[string]seen{}, first: map[string]seen{}} }
+func New(cfg Config) *Table {
+	return &Table{cfg: cfg, heard: map[string]seen{}, first: map[string]seen{}}
+}
 
 // Lead begins a leadership at now: everybody may hold a lease that the former
 // leader gave up to now, so nobody's can be over before now + TTL.

@@ -33,6 +33,9 @@ type RefusedError struct {
 	Next   string
 }
 
+// Denied tells layers that do not know this package that it is a refusal.
+func (e *RefusedError) Denied() bool { return true }
+
 func (e *RefusedError) Error() string {
 	s := "peer refused: " + e.Text
 	if e.Next != "" {

@@ -22,6 +22,7 @@ import (
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 	"github.com/blockhouse-san/blockhouse/membership/pki"
+	"github.com/blockhouse-san/blockhouse/node/link"
 )
 
 // routes are the handlers of /v1 on a member. A read is answered by the leader
@@ -137,7 +138,7 @@ func findVolume(s api.Status, name string) (api.Volume, error) {
 
 func findTarget(s api.Status, iqn string) (api.Target, error) {
 	for _, t := range s.Targets {
-		if t.IQN == iqn || strings.HasSuffix(t.IQN, ":"+iqn) {
+		if t.IQN == iqn || strings.HasSuffix(t.IQN, ":"+iqn) || strings.HasSuffix(t.IQN, "."+iqn) {
 			return t, nil
 		}
 	}
@@ -212,6 +213,23 @@ func (m *member) nodeRemove(r *http.Request) (any, error) {
 	name := r.PathValue("name")
 	res, err := m.apply(r.Context(), members.Remove{Node: name})
 	return done(res, err, "node "+name+" is removed; its certificate admits nobody any more")
+}
+
+// settle waits until the storage workers that hold a lease have acted on index,
+// so that who was told "done" finds it done; at most two seconds, since a worker
+// that lags will come to it all the same.
+func (m *member) settle(ctx context.Context, index uint64) {
+	for end := m.d.clock.Now().Add(2 * time.Second); m.d.clock.Now() < end; {
+		behind := false
+		for _, l := range m.table.leases() {
+			if w, ok := l.Workers[string(link.Storage)]; ok && l.Left > 0 && w.State == "serving" && w.Index < index {
+				behind = true
+			}
+		}
+		if !behind || m.d.clock.Sleep(ctx, 10*time.Millisecond) != nil {
+			return
+		}
+	}
 }
 
 func done(res fsm.Result, err error, msg string) (any, error) {
@@ -458,10 +476,11 @@ func (m *member) targetCreate(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = m.apply(r.Context(), storage.TargetCreate{Request: uuid.NewString(), IQN: iqn, TID: q.TID, Alias: q.Alias})
+	res, err := m.apply(r.Context(), storage.TargetCreate{Request: uuid.NewString(), IQN: iqn, TID: q.TID, Alias: q.Alias})
 	if err != nil && (!q.IfNotExists || !errors.Is(err, fsm.ErrExists)) {
 		return nil, err
 	}
+	m.settle(r.Context(), res.Index)
 	return findTarget(m.status(r.Context()), iqn)
 }
 
@@ -471,6 +490,7 @@ func (m *member) targetDelete(r *http.Request) (any, error) {
 		return nil, err
 	}
 	res, err := m.apply(r.Context(), storage.TargetDelete{IQN: iqn, Force: r.URL.Query().Get("force") == "1"})
+	m.settle(r.Context(), res.Index)
 	return done(res, err, "target "+iqn+" is deleted; its volumes stay")
 }
 
@@ -518,7 +538,7 @@ func (m *member) lunCreate(r *http.Request) (any, error) {
 					return find(num)
 				}
 			}
-			return nil, api.Errorf(api.CodeConflict, "clusteradm lun create --target "+iqn+" --volume "+q.Volume, "volume %s exists, without a LUN under %s", q.Volume, iqn)
+			return nil, api.Errorf(api.CodeConflict, "clusteradm lun create "+q.Volume+" --target "+iqn, "volume %s exists, without a LUN under %s", q.Volume, iqn)
 		}
 		mp, err := fsmValue[storage.Mapped](res, err)
 		if err != nil {
@@ -538,6 +558,7 @@ func (m *member) lunCreate(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.settle(r.Context(), res.Index)
 	return find(l.Number)
 }
 
@@ -551,6 +572,7 @@ func (m *member) lunDelete(r *http.Request) (any, error) {
 		return nil, api.Errorf(api.CodeUsage, "", "%q is no LUN number", r.PathValue("n"))
 	}
 	res, err := m.apply(r.Context(), storage.LunDelete{Target: iqn, Number: n})
+	m.settle(r.Context(), res.Index)
 	return done(res, err, fmt.Sprintf("LUN %d of %s is deleted; its volume stays", n, iqn))
 }
 
@@ -581,16 +603,18 @@ func (m *member) aclChange(r *http.Request) (any, error) {
 	if q.Open != nil {
 		add.Open, rem.Open = *q.Open, !*q.Open
 	}
+	var last fsm.Result
 	if rem.Open || len(rem.Initiators)+len(rem.CIDRs) > 0 {
-		if _, err := m.apply(r.Context(), storage.ACLRemove{Target: iqn, ACL: rem}); err != nil {
+		if last, err = m.apply(r.Context(), storage.ACLRemove{Target: iqn, ACL: rem}); err != nil {
 			return nil, err
 		}
 	}
 	if add.Open || len(add.Initiators)+len(add.CIDRs) > 0 {
-		if _, err := m.apply(r.Context(), storage.ACLAdd{Target: iqn, ACL: add}); err != nil {
+		if last, err = m.apply(r.Context(), storage.ACLAdd{Target: iqn, ACL: add}); err != nil {
 			return nil, err
 		}
 	}
+	m.settle(r.Context(), last.Index)
 	return findTarget(m.status(r.Context()), iqn)
 }
 

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -169,7 +170,7 @@ func apiError(err error) *api.Error {
 	}
 	var fe *fsm.Error
 	if errors.As(err, &fe) {
-		next := fe.Next
+		next := strings.TrimPrefix(fe.Next, "run ")
 		short := *fe
 		short.Next = ""
 		return &api.Error{Code: codeOf(fe.Kind), Message: short.Error(), Next: next}
@@ -218,3 +219,14 @@ func decode[T any](r *http.Request) (T, error) {
 // requestTimeout bounds a request that has no deadline of its own: every command
 // has an end (pacemaker#839: a status that hangs for ever helps nobody).
 const requestTimeout = 60 * time.Second
+
+// timeoutOf is how long a request may take: a little less than its client waits,
+// so that it is the server who says what is missing.
+func timeoutOf(r *http.Request) time.Duration {
+	ms, err := strconv.Atoi(r.Header.Get(api.HeaderTimeout))
+	if err != nil || ms <= 0 {
+		return requestTimeout
+	}
+	d := time.Duration(ms) * time.Millisecond
+	return min(requestTimeout, d-min(d/10, 500*time.Millisecond))
+}

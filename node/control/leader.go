@@ -303,6 +303,10 @@ func (m *member) admit(r *http.Request) (any, error) {
 			return nil, api.Errorf(api.CodeNotFound, "", "%s was removed meanwhile", q.Node)
 		}
 	}
+	if left := m.heldOut(q.Node); left > 0 {
+		return nil, api.Errorf(api.CodeRefused, "clusteradm fence history",
+			"%s was evicted too often and is held out for %v more: a node that flaps costs everybody a recovery each time", q.Node, left.Round(time.Second))
+	}
 	if rec.Status == members.Evicted {
 		ev := fencing.Evidence{Method: fencing.Rejoin, BootID: q.BootID, Output: "kernel boot " + rec.BootID + " is gone, the node runs " + q.BootID}
 		if rec.BootID == q.BootID {
@@ -343,6 +347,43 @@ func (m *member) fenced(ctx context.Context, node string, ev fencing.Evidence) e
 		m.d.event("node.fenced", "node "+node+" is fenced: "+ev.Output, map[string]any{"node": node, "epoch": epoch})
 	}
 	return err
+}
+
+// heldOut is how long a flapping node still has to wait (SAFETY §3 "Order").
+func (m *member) heldOut(node string) time.Duration {
+	var h []fencing.Record
+	m.cluster.Read(func(v machines.View) { h, _ = v.Fencing.History(0, 0) })
+	return holdOut(h, node, m.d.clock.Wall())
+}
+
+// A node may be evicted flapFree times in flapWindow and comes back at once; after
+// each further eviction it waits, 10 s and then twice as long each time.
+const (
+	flapFree   = 2
+	flapWindow = 10 * time.Minute
+	flapWait   = 10 * time.Second
+	flapMax    = 10 * time.Minute
+)
+
+// holdOut computes the wait from the history. Pure. Wall time decides only when
+// a node is let in, never whether one is dead.
+func holdOut(history []fencing.Record, node string, now time.Time) time.Duration {
+	var n int
+	var last time.Time
+	for _, r := range history {
+		if r.Node == node && r.Event == fencing.EventEvicted && now.Sub(r.At) < flapWindow {
+			n++
+			last = r.At
+		}
+	}
+	if n <= flapFree {
+		return 0
+	}
+	wait := flapMax
+	if shift := n - flapFree - 1; shift < 6 {
+		wait = flapWait << shift
+	}
+	return max(0, last.Add(wait).Sub(now))
 }
 
 // storageRequest is a storage worker's change, handed over by its control.

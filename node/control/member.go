@@ -569,6 +569,7 @@ type storageDetail struct {
 	Volumes  []volumeReport `json:"volumes"`
 	Sessions []api.Session  `json:"sessions"`
 	Portals  []string       `json:"portals"`
+	Applied  uint64         `json:"applied"` // index of the state that the worker has acted on
 	Error    string         `json:"error,omitempty"`
 }
 
@@ -581,6 +582,12 @@ func (m *member) workerStatus(k link.Kind) api.Worker {
 	w.PID, w.Incarnation, w.Index, w.State = rep.PID, rep.Incarnation, rep.Highest.Index, rep.Gate
 	if w.State == "" {
 		w.State = "starting"
+	}
+	if k == link.Storage {
+		var d storageDetail
+		if json.Unmarshal(rep.Detail, &d) == nil {
+			w.Index = d.Applied
+		}
 	}
 	w.Started = m.d.startedAt(rep.Start)
 	return w
@@ -632,7 +639,7 @@ func (m *member) picture(ctx context.Context) picture {
 // no leader can answer is answered from here, marked stale.
 func (m *member) onLeader(read bool, h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+		ctx, cancel := context.WithTimeout(r.Context(), timeoutOf(r))
 		defer cancel()
 		body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 		if err != nil {

@@ -57,7 +57,10 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	if err != nil {
 		text = err.Error()
 	}
-	changed := !slices.Equal(reps, w.mu.vols) || w.mu.err != text
+	changed := !slices.Equal(reps, w.mu.vols) || w.mu.err != text || w.mu.applied != want.stamp.Index && err == nil
+	if err == nil {
+		w.mu.applied = want.stamp.Index
+	}
 	w.mu.vols, w.mu.err = reps, text
 	w.mu.Unlock()
 	if changed {

@@ -101,8 +101,9 @@ type worker struct {
 	mu struct {
 		sync.Mutex
 		want     *desired
-		waiting  bool // a lease came whose minimum we have not reached
-		reset    bool // the node's incarnation changed: every session goes
+		waiting  bool   // a lease came whose minimum we have not reached
+		reset    bool   // the node's incarnation changed: every session goes
+		applied  uint64 // index of the state that was acted on
 		vols     []volumeReport
 		err      string   // of the target's configuration
 		stateErr string   // of control's state
@@ -130,6 +131,7 @@ type detail struct {
 	Volumes  []volumeReport `json:"volumes"`
 	Sessions []api.Session  `json:"sessions"`
 	Portals  []string       `json:"portals"`
+	Applied  uint64         `json:"applied"` // index of the state that was acted on
 	Error    string         `json:"error,omitempty"`
 }
 
@@ -172,7 +174,7 @@ func (w *worker) OnShutdown() { w.stop() }
 
 func (w *worker) Report(r *link.Report) {
 	w.mu.Lock()
-	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: w.cfg.Listen.ISCSI, Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
+	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: w.cfg.Listen.ISCSI, Applied: w.mu.applied, Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
 	waiting, node := w.mu.waiting, ""
 	if w.mu.want != nil {
 		node = w.mu.want.node
