@@ -533,6 +533,53 @@ func TestReservationData(t *testing.T) {
 	}
 }
 
+func TestCopyList(t *testing.T) {
+	lim := CopyLimits{CSCDs: 2, Segments: 3, DescriptorBytes: 2*cscdLen + 3*segmentLen, SegmentBytes: 1 << 20, Concurrent: 4, Granularity: 9}
+	c := CSCD{Type: CSCDIdentification, ID: Designator{Type: DesignatorNAA, CodeSet: CodeBinary, Value: bytes.Repeat([]byte{0x61}, 16)}, BlockSize: 512}
+	g := CopySegment{Type: SegmentBlockBlock, DestCount: true, Source: 0, Dest: 1, Blocks: 7, SrcLBA: 1 << 40, DestLBA: 9}
+	l := &CopyList{ID: 5, IDUsage: 2, CSCDs: []CSCD{c, c}, Segments: []CopySegment{g, g, g}}
+	got, s := ParseCopyList(l.Bytes(), lim)
+	if s != nil || !cmp.Equal(got, l) {
+		t.Error(s, cmp.Diff(l, got))
+	}
+	for cut := 1; cut < len(l.Bytes()); cut++ {
+		if _, s := ParseCopyList(l.Bytes()[:cut], lim); s == nil || s.Code != ASCParamListLength {
+			t.Errorf("cut at %d: %v", cut, s)
+		}
+	}
+	lim.DescriptorBytes = 4096
+	fc := c
+	fc.Type = 0xE0
+	st := g
+	st.Type = 3
+	for _, x := range []struct {
+		l    CopyList
+		want ASC
+	}{
+		{CopyList{CSCDs: []CSCD{c, c, c}}, ASCTooManyTargetDesc},
+		{CopyList{CSCDs: []CSCD{c}, Segments: []CopySegment{g, g, g, g}}, ASCTooManySegmentDesc},
+		{CopyList{CSCDs: []CSCD{fc}}, ASCUnsupportedTargetDesc},
+		{CopyList{CSCDs: []CSCD{c}, Segments: []CopySegment{st}}, ASCUnsupportedSegmentDesc},
+	} {
+		if _, s := ParseCopyList(x.l.Bytes(), lim); s == nil || s.Code != x.want {
+			t.Errorf("%v, want %v", s, x.want)
+		}
+	}
+	if got, s := ParseCopyList(nil, lim); s != nil || len(got.Segments) != 0 {
+		t.Error("an empty list is no error", s)
+	}
+	cs := &CopyStatus{CopyDone, 3, 1 << 20}
+	if got, err := ParseCopyStatus(cs.Bytes12()); err != nil || *got != *cs {
+		t.Error(got, err)
+	}
+	if b := lim.OperatingParameters(); len(b) != 46 || b[3] != 42 || b[43] != 2 || b[9] != 2 || b[11] != 3 {
+		t.Errorf("% x", b)
+	}
+	if b := lim.ThirdPartyPage(); b[1] != 0x8F || int(b[3]) != len(b)-4 || len(b)%4 != 0 {
+		t.Errorf("% x", b)
+	}
+}
+
 func FuzzDecode(f *testing.F) {
 	for _, c := range Commands {
 		f.Add(c.Usage())
@@ -593,6 +640,8 @@ func FuzzParameterData(f *testing.F) {
 		_, _, _, _ = ParseReadReservation(b)
 		_, _ = ParsePRCapabilities(b)
 		_, _, _ = ParseReadFullStatus(b)
+		_, _ = ParseCopyList(b, CopyLimits{CSCDs: 4, Segments: 4, DescriptorBytes: 4096})
+		_, _ = ParseCopyStatus(b)
 		for sa := range 9 {
 			_, _ = ParsePROut(sa, b)
 		}

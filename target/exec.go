@@ -28,6 +28,8 @@ type handler struct {
 	// memory: never touches the backend, so it runs on the reader and takes no
 	// range. slow: always handed off. whole: locks all blocks.
 	memory, slow, whole bool
+	// unlocked: takes its ranges itself.
+	unlocked bool
 	// noLUN: answers also where there is no logical unit.
 	noLUN bool
 	// exact: the expected length must be the CDB's; a cut write is not what the

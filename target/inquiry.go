@@ -66,7 +66,7 @@ func runInquiry(x *exec) error {
 		rev = "0001"
 	}
 	x.reply((&scsi.Inquiry{
-		DeviceType: scsi.TypeDisk, Removable: x.lu.removable, Version: 6, TPGS: 1, CmdQue: true, MultiPort: true,
+		DeviceType: scsi.TypeDisk, Removable: x.lu.removable, Version: 6, TPGS: 1, CmdQue: true, MultiPort: true, ThirdPartyCopy: true,
 		Vendor: Vendor, Product: x.lu.id.Product, Revision: rev,
 		Versions: []uint16{scsi.VersionSAM5, scsi.VersionISCSI, scsi.VersionSPC4, scsi.VersionSBC3},
 	}).Bytes())

@@ -116,7 +116,8 @@ type rangeLock struct {
 	excl    bool
 	granted bool
 	gone    bool
-	t       *task
+	t       *task         // runs when granted,
+	wake    chan struct{} // or this is closed
 }
 
 func (a *rangeLock) overlaps(b *rangeLock) bool {
@@ -188,6 +189,10 @@ next:
 			}
 		}
 		e.granted = true
+		if e.wake != nil {
+			close(e.wake)
+			continue
+		}
 		ready = append(ready, e.t)
 	}
 	return ready

@@ -33,6 +33,7 @@ type session struct {
 	log    *zap.Logger
 	stats  counters
 	lost   sync.Once // nexus loss was done
+	copies copyResults
 
 	// attentions is the number of queued unit attentions, so that the path of
 	// every command need not take mu.

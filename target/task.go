@@ -403,6 +403,13 @@ func (t *task) ready() error {
 		t.run(context.Background())
 		return nil
 	}
+	if t.h.unlocked {
+		// It waits for ranges while it runs: on a worker it could wait for a command
+		// that waits for the worker.
+		t.pooled = true
+		t.lu.background(t.run)
+		return nil
+	}
 	// In place when that is cheap and nothing else waits for this goroutine;
 	// else the pool keeps the reader free and the disk busy.
 	lat := t.lu.latency.Load()
@@ -415,7 +422,7 @@ func (t *task) ready() error {
 
 // span is the range of blocks that the command locks.
 func (t *task) span() (lo, hi uint64, excl, need bool) {
-	if t.lu == nil || t.h.memory {
+	if t.lu == nil || t.h.memory || t.h.unlocked {
 		return 0, 0, false, false
 	}
 	switch t.cdb.Cmd.Effect {
@@ -460,8 +467,10 @@ func gateOp(c *scsi.Command) Op {
 const holdLimit = 500 * time.Millisecond
 
 // enter asks the gate, holding the command while it is unsure.
-func (t *task) enter(in Incarnation, op Op) error {
-	err := t.lu.gate.Enter(in, op)
+func (t *task) enter(in Incarnation, op Op) error { return t.enterUnit(t.lu, in, op) }
+
+func (t *task) enterUnit(u *logicalUnit, in Incarnation, op Op) error {
+	err := u.gate.Enter(in, op)
 	for end := time.Now().Add(holdLimit); errors.Is(err, ErrUnsure); {
 		if t.gone() {
 			return errAborted
@@ -470,7 +479,7 @@ func (t *task) enter(in Incarnation, op Op) error {
 			return ErrNotReady
 		}
 		time.Sleep(5 * time.Millisecond)
-		err = t.lu.gate.Enter(in, op)
+		err = u.gate.Enter(in, op)
 	}
 	return err
 }
