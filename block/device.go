@@ -91,12 +91,12 @@ type Extent struct {
 var (
 	ErrOutOfRange  = errors.New("range outside the device")
 	ErrMisaligned  = errors.New("offset or length is not a multiple of the block size")
-	ErrNoSpace     = errors.New("no space left on the backing store")        // 07/27/07
-	ErrReadOnly    = errors.New("device is read-only")                       // 07/27/00
-	ErrMedium      = errors.New("medium error")                              // 03/11/00, 03/0C/00
-	ErrChecksum    = fmt.Errorf("%w: checksum does not match", ErrMedium)    // 03/11/00
-	ErrFlushFailed = fmt.Errorf("%w: an earlier flush failed", ErrMedium)    // 03/0C/00, sticky
-	ErrClosed      = errors.New("device is closed")                          // 02/04/0C
+	ErrNoSpace     = errors.New("no space left on the backing store")         // 07/27/07
+	ErrReadOnly    = errors.New("device is read-only")                        // 07/27/00
+	ErrMedium      = errors.New("medium error")                               // 03/11/00, 03/0C/00
+	ErrChecksum    = fmt.Errorf("%w: checksum does not match", ErrMedium)     // 03/11/00
+	ErrFlushFailed = fmt.Errorf("%w: an earlier flush failed", ErrMedium)     // 03/0C/00, sticky
+	ErrClosed      = errors.New("device is closed")                           // 02/04/0C
 	ErrFenced      = errors.New("epoch of the writer is older than promised") // session reset
 )
 

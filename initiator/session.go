@@ -868,7 +868,7 @@ func (s *Session) read() error {
 	for {
 		h, err := s.r.Next()
 		if err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				return fmt.Errorf("%w: end of stream", ErrDropped)
 			}
 			var pe *iscsi.ProtocolError

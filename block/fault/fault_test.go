@@ -67,8 +67,8 @@ func TestRules(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- d.Flush(ctx) }()
 	select {
-	case <-done:
-		t.Error("flush was not held")
+	case err := <-done:
+		t.Errorf("flush was not held: %v", err)
 	case <-time.After(20 * time.Millisecond):
 	}
 	close(hold)

@@ -199,4 +199,3 @@ func getAPI(t *testing.T, cert *tls.Certificate, inc string, to *cluster.Node) s
 	}
 	return string(b)
 }
-
