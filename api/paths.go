@@ -26,6 +26,13 @@ package api
 //	DELETE /v1/luns/{iqn}/{n}             Done
 //	POST   /v1/acls            ACLChange  Target
 //	GET    /v1/sessions                   List[Session]
+//	DELETE /v1/sessions/{node}/{tsih}     Done       the initiator may log in again
+//	POST   /v1/targets/{iqn}   TargetSet  Target
+//	POST   /v1/luns/{iqn}/{n}  LUNSet     LUN
+//	GET    /v1/accounts                   List[Account]
+//	POST   /v1/accounts        AccountCreate Account
+//	DELETE /v1/accounts/{name}            Done       ?force=1: although a target then asks for nothing
+//	POST   /v1/bindings        AccountBind Account
 //	GET    /v1/fence                      List[Fence]
 //	GET    /v1/fence/history              List[FenceEvent]
 //	POST   /v1/fence/ack       FenceAck   Done
@@ -46,6 +53,8 @@ const (
 	PathLUNs         = "/v1/luns"
 	PathACLs         = "/v1/acls"
 	PathSessions     = "/v1/sessions"
+	PathAccounts     = "/v1/accounts"
+	PathBindings     = "/v1/bindings"
 	PathFence        = "/v1/fence"
 	PathFenceHistory = "/v1/fence/history"
 	PathFenceAck     = "/v1/fence/ack"

@@ -119,6 +119,9 @@ type Volume struct {
 	ISR       []string `json:"isr" yaml:"isr"`
 	Replicas  []string `json:"replicas" yaml:"replicas"`
 	LUNs      []string `json:"luns" yaml:"luns"` // "iqn…/3"
+	// Store of the only copy, if it does not lie in its node's folder: "file:/path"
+	// or "block:/dev/x". It stays when the volume is deleted.
+	Store string `json:"store,omitempty" yaml:"store,omitempty"`
 }
 
 // VolumeCreate asks for a volume. RequestID makes a repeated request harmless.
@@ -130,6 +133,9 @@ type VolumeCreate struct {
 	Node        string `json:"node"`       // where the (first) copy lies; empty = chosen
 	RequestID   string `json:"request_id"`
 	IfNotExists bool   `json:"if_not_exists"`
+	// Store is an existing file or device of Node, whose size is taken; with it an
+	// empty Node is the one that is asked.
+	Store string `json:"store,omitempty"`
 }
 
 // Target is an iSCSI target.
@@ -141,6 +147,20 @@ type Target struct {
 	ACL      ACL      `json:"acl" yaml:"acl"`
 	Portals  []string `json:"portals" yaml:"portals"` // address,portal-group-tag
 	Sessions int      `json:"sessions" yaml:"sessions"`
+	// Incoming accounts may log in; with any, CHAP is required. Outgoing is the
+	// target's own (mutual CHAP).
+	Incoming []string          `json:"incoming,omitempty" yaml:"incoming,omitempty"`
+	Outgoing string            `json:"outgoing,omitempty" yaml:"outgoing,omitempty"`
+	Params   map[string]string `json:"params,omitempty" yaml:"params,omitempty"`   // what is not its default
+	Offline  bool              `json:"offline,omitempty" yaml:"offline,omitempty"` // takes no login
+}
+
+// TargetSet changes a target. An empty value takes a parameter back to its
+// default. The names are those of RFC 7143 section 13 and tgtadm's nop_interval,
+// nop_count and MaxQueueCmd.
+type TargetSet struct {
+	Params  map[string]string `json:"params,omitempty"`
+	Offline *bool             `json:"offline,omitempty"`
 }
 
 // TargetCreate asks for a target. An empty IQN is made from the cluster's and
@@ -159,6 +179,7 @@ type LUN struct {
 	Volume     string   `json:"volume" yaml:"volume"` // name
 	Generation uint64   `json:"generation" yaml:"generation"`
 	ReadOnly   bool     `json:"read_only" yaml:"read_only"`
+	Removable  bool     `json:"removable,omitempty" yaml:"removable,omitempty"`
 	State      Health   `json:"state" yaml:"state"`
 	WWID       string   `json:"wwid" yaml:"wwid"`                     // as in multipath: 3 + NAA in hex
 	URLs       []string `json:"urls,omitempty" yaml:"urls,omitempty"` // iscsi://… of the portals that serve it
@@ -176,6 +197,46 @@ type LUNCreate struct {
 	ReadOnly    bool   `json:"read_only"`
 	RequestID   string `json:"request_id"`
 	IfNotExists bool   `json:"if_not_exists"`
+	// Store is an existing file or device of Node (VolumeCreate.Store): create the
+	// volume on it, with its size.
+	Store string `json:"store,omitempty"`
+}
+
+// LUNSet changes a LUN; nil leaves as it is.
+type LUNSet struct {
+	ReadOnly  *bool `json:"read_only,omitempty"`
+	Removable *bool `json:"removable,omitempty"`
+}
+
+// Account is a CHAP name. Its secret is never told.
+type Account struct {
+	Name     string    `json:"name" yaml:"name"`
+	Created  uint64    `json:"created" yaml:"created"` // log index
+	Bindings []Binding `json:"bindings" yaml:"bindings"`
+	Warning  string    `json:"warning,omitempty" yaml:"warning,omitempty"` // of the change that this answers
+}
+
+// Binding is where an account counts.
+type Binding struct {
+	Target    string `json:"target" yaml:"target"`       // iqn, or "discovery"
+	Direction string `json:"direction" yaml:"direction"` // incoming, outgoing
+}
+
+// AccountCreate makes an account. A secret has 1 to 255 bytes; 12 to 16 are
+// recommended (RFC 7143 9.2.1).
+type AccountCreate struct {
+	Name      string `json:"name"`
+	Secret    string `json:"secret"`
+	RequestID string `json:"request_id"`
+}
+
+// AccountBind binds an account to a target, or with Remove takes it away. Target
+// "discovery" is the discovery sessions of every target.
+type AccountBind struct {
+	Account  string `json:"account"`
+	Target   string `json:"target"`
+	Outgoing bool   `json:"outgoing,omitempty"`
+	Remove   bool   `json:"remove,omitempty"`
 }
 
 // ACL says who may see a target. Every kind that is set must match; with

@@ -79,6 +79,8 @@ func (m *member) routes() http.Handler {
 	change("POST "+api.PathACLs, m.aclChange)
 	change("POST "+api.PathFenceAck, m.fenceAck)
 
+	m.accountRoutes(mux)
+
 	mux.HandleFunc("GET "+api.PathEvents, m.d.events.serve)
 	mux.Handle("POST "+api.PathLeave, handler(m.leave))
 	mux.Handle("POST "+api.PathInit, handler(m.alreadyMember))
@@ -312,10 +314,14 @@ func (m *member) volumeCreate(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := m.probeStore(r, q.Store, &q.Node, &q.Size, q.BlockSize); err != nil {
+		return nil, err
+	}
 	nv, err := m.newVolume(q.Name, q.Size, q.BlockSize, q.Replicas, q.Node)
 	if err != nil {
 		return nil, err
 	}
+	nv.Store = q.Store
 	if q.RequestID == "" {
 		q.RequestID = uuid.NewString()
 	}
@@ -374,6 +380,9 @@ func (m *member) waitVolume(ctx context.Context, id string) error {
 			return api.Errorf(api.CodeNotFound, "clusteradm volume list", "the volume was removed meanwhile")
 		case v.State == storage.Ready && m.served(v.Config.UUID, v.Config.Primary):
 			return nil
+		}
+		if why := m.storeFailed(&v); why != "" {
+			return api.Errorf(api.CodeConflict, "clusteradm volume delete "+v.Name, "%s cannot serve volume %s: %s", v.Config.Primary, v.Name, why)
 		}
 		select {
 		case <-next:
@@ -518,11 +527,15 @@ func (m *member) lunCreate(r *http.Request) (any, error) {
 		}
 		return nil, api.Errorf(api.CodeNotFound, "clusteradm lun list", "LUN %d was removed meanwhile", n)
 	}
+	if err := m.probeStore(r, q.Store, &q.Node, &q.Size, q.BlockSize); err != nil {
+		return nil, err
+	}
 	if q.Size > 0 {
 		nv, err := m.newVolume(q.Volume, q.Size, q.BlockSize, q.Replicas, q.Node)
 		if err != nil {
 			return nil, err
 		}
+		nv.Store = q.Store
 		res, err := m.apply(r.Context(), storage.LunCreateVolume{Request: q.RequestID, Volume: nv, Target: iqn, Number: q.LUN, ReadOnly: q.ReadOnly})
 		if q.IfNotExists && errors.Is(err, fsm.ErrExists) {
 			v, err := m.existingVolume(r.Context(), q.Volume, nv)

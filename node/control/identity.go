@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/blockhouse-san/blockhouse/internal/durable"
+	"github.com/blockhouse-san/blockhouse/internal/seal"
 )
 
 // identity is who this node is, beside its keys: data_dir/node.json. It exists
@@ -20,7 +21,10 @@ type identity struct {
 	Node        string `json:"node"`
 	Incarnation uint64 `json:"incarnation"` // as last admitted
 	GossipKey   []byte `json:"gossip_key"`  // 32 bytes, shared by the cluster
-	Peers       []peer `json:"peers"`       // whom to ask when the FSM is old
+	// ClusterKey seals the secrets in the log (internal/seal). A node whose state
+	// is older than accounts has none until it needs it.
+	ClusterKey seal.Key `json:"cluster_key,omitempty"`
+	Peers      []peer   `json:"peers"` // whom to ask when the FSM is old
 	// Founding: the cluster was made here and its first record may not be written yet.
 	Founding bool `json:"founding,omitempty"`
 }

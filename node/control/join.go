@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/internal/seal"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/machines"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
 	"github.com/blockhouse-san/blockhouse/membership/pki"
@@ -45,11 +46,16 @@ func (d *Daemon) init(r *http.Request) (any, error) {
 	if _, err := rand.Read(id.GossipKey); err != nil {
 		return nil, fmt.Errorf("make the gossip key: %w", err)
 	}
+	key, err := seal.New(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	id.ClusterKey = key
 	ca, err := pki.NewCA(id.UUID, d.clock.Wall())
 	if err != nil {
 		return nil, err
 	}
-	cert, key, err := ca.Issue(pki.Node, d.cfg.Name, d.clock.Wall())
+	cert, certKey, err := ca.Issue(pki.Node, d.cfg.Name, d.clock.Wall())
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +63,7 @@ func (d *Daemon) init(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(ca.Save(pkiDir(d.cfg)), pki.SaveFiles(pkiDir(d.cfg), cert, key, caPEM)); err != nil {
+	if err := errors.Join(ca.Save(pkiDir(d.cfg)), pki.SaveFiles(pkiDir(d.cfg), cert, certKey, caPEM)); err != nil {
 		return nil, err
 	}
 	// The identity is last: without it the next start finds an unfinished
@@ -126,6 +132,8 @@ type joinReply struct {
 	CAKey       string `json:"ca_key,omitempty"` // for nodes that may come to lead
 	GossipKey   []byte `json:"gossip_key"`
 	Peers       []peer `json:"peers"`
+	// ClusterKey is empty if the cluster has no account and is older than them.
+	ClusterKey seal.Key `json:"cluster_key,omitempty"`
 }
 
 // join makes this node a member of an existing cluster.
@@ -171,7 +179,7 @@ func (d *Daemon) join(r *http.Request) (any, error) {
 	if err := pki.SaveFiles(pkiDir(d.cfg), []byte(rep.Cert), key, caPEM); err != nil {
 		return nil, err
 	}
-	id := identity{Cluster: rep.Cluster, UUID: rep.UUID, Node: d.cfg.Name, Incarnation: rep.Incarnation, GossipKey: rep.GossipKey, Peers: rep.Peers}
+	id := identity{Cluster: rep.Cluster, UUID: rep.UUID, Node: d.cfg.Name, Incarnation: rep.Incarnation, GossipKey: rep.GossipKey, ClusterKey: rep.ClusterKey, Peers: rep.Peers}
 	if err := id.save(d.cfg.DataDir); err != nil {
 		return nil, err
 	}
@@ -231,7 +239,7 @@ func (m *member) clusterJoin(r *http.Request) (any, error) {
 		return nil, err
 	}
 	id := m.identity()
-	rep := joinReply{Cluster: id.Cluster, UUID: id.UUID, Incarnation: rec.Incarnation, Cert: string(cert), CA: string(caPEM), GossipKey: id.GossipKey}
+	rep := joinReply{Cluster: id.Cluster, UUID: id.UUID, Incarnation: rec.Incarnation, Cert: string(cert), CA: string(caPEM), GossipKey: id.GossipKey, ClusterKey: id.ClusterKey}
 	if rec.Roles.Voter || rec.Roles.Witness {
 		rep.CAKey = string(caKey)
 	}

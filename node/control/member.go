@@ -53,6 +53,7 @@ type member struct {
 	wg      sync.WaitGroup
 	gone    chan struct{} // closed when the cluster says that we are no member any more
 	admitMu sync.Mutex
+	keyGot  chan struct{} // the sealing key came; the workers do not have it
 
 	mu struct {
 		sync.Mutex
@@ -71,7 +72,7 @@ func pkiDir(cfg config.Config) string  { return filepath.Join(cfg.DataDir, "pki"
 // openMember starts what a member is made of, in the order in which each stands
 // on the one before; close is the mirror image.
 func openMember(d *Daemon, id identity) (_ *member, err error) {
-	m := &member{d: d, log: d.log.With(zap.String("node", id.Node)), gone: make(chan struct{})}
+	m := &member{d: d, log: d.log.With(zap.String("node", id.Node)), gone: make(chan struct{}), keyGot: make(chan struct{}, 1)}
 	m.mu.id = id
 	m.mu.clients = map[string]*api.Client{}
 	var undo []func()
@@ -148,6 +149,7 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 	m.wg.Go(func() { m.lead(ctx) })
 	m.wg.Go(func() { m.follow(ctx) })
 	m.wg.Go(func() { m.gossip(ctx) })
+	m.wg.Go(func() { m.keepKey(ctx) })
 	return m, nil
 }
 
@@ -381,6 +383,8 @@ func (m *member) publish(ctx context.Context) {
 		}
 		select {
 		case <-next:
+		case <-m.keyGot:
+			last = [3]uint64{}
 		case <-ctx.Done():
 			return
 		}
@@ -393,7 +397,7 @@ func (m *member) workerState() (s link.State, err error) {
 	m.cluster.Read(func(v machines.View) {
 		ms, st := v.Members.State(), v.Storage.State()
 		s = link.State{Stamp: link.Stamp{Index: v.Index, View: ms.View, Epoch: ms.Epoch}, Node: id.Node,
-			Cluster: ms.Name, UUID: ms.UUID}
+			Cluster: ms.Name, UUID: ms.UUID, SealingKey: id.ClusterKey}
 		if r := ms.Members[id.Node]; r != nil {
 			s.Index, s.Incarnation = r.Index, r.Incarnation
 			if !r.Active() {

@@ -160,7 +160,7 @@ func volumesOf(p picture) []api.Volume {
 	for _, v := range p.Storage.ListVolumes() {
 		a := api.Volume{Name: v.Name, UUID: v.Config.UUID, Size: v.Config.Size, BlockSize: v.Config.BlockSize,
 			State: string(v.State), Epoch: v.Config.Epoch, Primary: v.Config.Primary,
-			ISR: append([]string{}, v.Config.ISR...), Replicas: v.Config.Members(), LUNs: []string{}}
+			ISR: append([]string{}, v.Config.ISR...), Replicas: v.Config.Members(), LUNs: []string{}, Store: v.Store}
 		for _, l := range p.Storage.LUNsOf(v.Config.UUID) {
 			a.LUNs = append(a.LUNs, fmt.Sprintf("%s/%d", l.Target, l.Number))
 		}
@@ -232,7 +232,8 @@ func targetsOf(p picture, vols []api.Volume) []api.Target {
 	out := []api.Target{}
 	for _, t := range p.Storage.ListTargets() {
 		a := api.Target{IQN: t.IQN, TID: t.TID, Alias: t.Alias, LUNs: []api.LUN{}, Portals: []string{}, Sessions: sessions[t.IQN],
-			ACL: api.ACL{Open: t.ACL.Open, Initiators: append([]string{}, t.ACL.Initiators...), Addresses: append([]string{}, t.ACL.CIDRs...)}}
+			ACL:      api.ACL{Open: t.ACL.Open, Initiators: append([]string{}, t.ACL.Initiators...), Addresses: append([]string{}, t.ACL.CIDRs...)},
+			Incoming: t.Auth.Incoming, Outgoing: t.Auth.Outgoing, Params: t.Params, Offline: t.Offline}
 		for _, r := range p.Members.List() {
 			if r.Active() && r.Roles.Storage {
 				for _, ad := range r.Addresses.ISCSI {
@@ -243,7 +244,7 @@ func targetsOf(p picture, vols []api.Volume) []api.Target {
 		for _, n := range t.Numbers() {
 			l := t.LUNs[n]
 			v := byID[l.Volume]
-			x := api.LUN{Target: t.IQN, LUN: n, Volume: v.Name, Generation: l.Generation, ReadOnly: l.ReadOnly, State: v.Health, URLs: []string{}}
+			x := api.LUN{Target: t.IQN, LUN: n, Volume: v.Name, Generation: l.Generation, ReadOnly: l.ReadOnly, Removable: l.Removable, State: v.Health, URLs: []string{}}
 			if sv := p.Storage.Volumes[l.Volume]; sv != nil {
 				x.WWID = "3" + sv.Identity.NAA
 				if prim := p.Members.Members[sv.Config.Primary]; prim != nil {

@@ -35,8 +35,9 @@ type workers struct {
 
 	mu      sync.Mutex
 	reports map[link.Kind]workerReport
-	halt    context.CancelFunc // ends run, so that shutdown is not undone by a restart
-	ended   chan struct{}      // run has returned
+	conns   map[link.Kind]*link.Control // connected ones
+	halt    context.CancelFunc          // ends run, so that shutdown is not undone by a restart
+	ended   chan struct{}               // run has returned
 }
 
 type workerReport struct {
@@ -47,7 +48,7 @@ type workerReport struct {
 
 func newWorkers(hello link.ControlHello, runDir string, clock env.Clock, log *zap.Logger) *workers {
 	return &workers{hello: hello, runDir: runDir, clock: clock, log: log,
-		state: newCell[link.State](), lease: newCell[link.Lease](), reports: map[link.Kind]workerReport{}}
+		state: newCell[link.State](), lease: newCell[link.Lease](), reports: map[link.Kind]workerReport{}, conns: map[link.Kind]*link.Control{}}
 }
 
 // run keeps the workers of the kinds until ctx ends; they live on.
@@ -101,6 +102,7 @@ func (w *workers) keep(ctx context.Context, k link.Kind) {
 		r := w.reports[k]
 		r.connected = false
 		w.reports[k] = r
+		delete(w.conns, k)
 		w.mu.Unlock()
 		if ctx.Err() == nil {
 			log.Warn("connection to worker ended", zap.Error(err))
@@ -169,6 +171,7 @@ func (w *workers) talk(ctx context.Context, k link.Kind, c *link.Control) error 
 	})
 	w.mu.Lock()
 	w.reports[k] = workerReport{Report: link.Report{WorkerHello: c.Hello}, at: w.clock.Now(), connected: true}
+	w.conns[k] = c
 	w.mu.Unlock()
 	return c.Run(func(r link.Report) {
 		w.mu.Lock()

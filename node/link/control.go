@@ -78,6 +78,9 @@ func (c *Control) Reply(r Reply) error { return c.conn.Send(TReply, r) }
 // Shutdown asks the worker to drain and to end.
 func (c *Control) Shutdown() error { return c.conn.Send(TShutdown, struct{}{}) }
 
+// Kill asks the storage worker to end a session.
+func (c *Control) Kill(k Kill) error { return c.conn.Send(TKill, k) }
+
 // Close ends the connection; the worker goes on.
 func (c *Control) Close() error { return c.conn.Close() }
 

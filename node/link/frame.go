@@ -27,6 +27,7 @@ const (
 	TRequest  Type = "request"
 	TReply    Type = "reply"
 	TShutdown Type = "shutdown"
+	TKill     Type = "kill"
 	TStatus   Type = "status" // asks for one report, without a hello: for status commands and tests
 )
 

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 
 	"github.com/blockhouse-san/blockhouse/internal/env"
+	"github.com/blockhouse-san/blockhouse/internal/seal"
 )
 
 // Kind of a worker.
@@ -48,6 +49,13 @@ type State struct {
 	UUID        string          `json:"uuid"`
 	Members     json.RawMessage `json:"members"` // state of machine 1
 	Storage     json.RawMessage `json:"storage"` // state of machine 3
+	// SealingKey opens the secrets in Storage; empty if this node has none yet.
+	SealingKey seal.Key `json:"sealing_key,omitempty"`
+}
+
+// Kill asks the storage worker to end sessions; initiators may log in again.
+type Kill struct {
+	TSIH uint16 `json:"tsih"`
 }
 
 // Lease says until when this node is a member, on CLOCK_BOOTTIME of this kernel.

@@ -25,6 +25,9 @@ type Handler interface {
 	Report(*Report)
 }
 
+// Killer is a Handler that has sessions to end. OnKill must not block.
+type Killer interface{ OnKill(Kill) }
+
 // Server is the worker's end. It outlives every control.
 type Server struct {
 	hello WorkerHello
@@ -213,6 +216,14 @@ func (s *Server) obey(me uint64, t Type, body func(any) error) error {
 		}
 	case TShutdown:
 		s.h.OnShutdown()
+	case TKill:
+		var k Kill
+		if err := body(&k); err != nil {
+			return err
+		}
+		if h, ok := s.h.(Killer); ok {
+			h.OnKill(k)
+		}
 	default:
 		return fmt.Errorf("unknown frame %q: control is newer than this worker", t)
 	}

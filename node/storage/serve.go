@@ -36,7 +36,7 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	}
 	cfg, err := w.config(want, gate)
 	if err == nil {
-		if fp := fmt.Sprintf("%+v", cfg); fp != w.applied || w.retryAt <= w.clock.Now() && w.failed {
+		if fp := fmt.Sprintf("%+v %s", cfg, secretsOf(&cfg)); fp != w.applied || w.retryAt <= w.clock.Now() && w.failed {
 			err = w.srv.Apply(cfg)
 			w.applied, w.failed = fp, err != nil
 			w.retryAt = w.clock.Now().Add(retryPortal)
@@ -76,11 +76,14 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 	if err != nil {
 		return c, err
 	}
+	if c.Discovery, err = w.auth(want, "discovery", want.storage.Discovery); err != nil {
+		c.Discovery = nobody
+	}
 	for _, t := range want.storage.ListTargets() {
 		ct := target.Target{IQN: t.IQN, Alias: t.Alias, TPGT: uint16(want.index), RelPort: uint16(want.index), Portals: ports,
 			// Logins are for the node lease only; what goes on in the orphan time are
 			// the sessions that exist.
-			Offline: gate != "serving",
+			Offline: gate != "serving" || t.Offline,
 			ACL:     target.ACL{Open: t.ACL.Open, Names: t.ACL.Initiators}}
 		for _, n := range t.ACL.CIDRs {
 			p, err := netip.ParsePrefix(n)
@@ -104,7 +107,12 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 				return c, err
 			}
 			ct.LUNs = append(ct.LUNs, target.LUN{Number: scsi.LUN(n), Volume: l.Volume, Generation: l.Generation, Device: v.dev,
-				Gate: v.gate, Identity: id, ReadOnly: l.ReadOnly})
+				Gate: v.gate, Identity: id, ReadOnly: l.ReadOnly, Removable: l.Removable})
+		}
+		if ct.Auth, err = w.auth(want, t.IQN, t.Auth); err != nil {
+			// Without its secrets a target that asks for them takes nobody: never the
+			// same target without them.
+			ct.Offline = true
 		}
 		c.Targets = append(c.Targets, ct)
 	}

@@ -37,6 +37,9 @@ func (w *worker) fileOptions(blockSize int) file.Options {
 // that exists. A store that is missing is never made anew once the volume was
 // ready: an empty disk in place of somebody's data is the worst answer.
 func (w *worker) openStore(v *fsmstorage.Volume) (*file.File, error) {
+	if v.Store != "" {
+		return w.openGiven(v)
+	}
 	path := w.storePath(v.Config.UUID)
 	f, err := file.Open(path, w.fileOptions(v.Config.BlockSize))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -25,6 +25,7 @@ import (
 	"github.com/blockhouse-san/blockhouse/config"
 	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/internal/sched"
+	"github.com/blockhouse-san/blockhouse/internal/seal"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
 	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 	"github.com/blockhouse-san/blockhouse/node/link"
@@ -69,6 +70,7 @@ type desired struct {
 	inc     uint64
 	members members.State
 	storage fsmstorage.State
+	key     seal.Key // opens the accounts' secrets
 }
 
 // volume is a local copy.
@@ -108,6 +110,7 @@ type worker struct {
 		err      string   // of the target's configuration
 		stateErr string   // of control's state
 		again    []string // requests that were refused: volume uuids
+		kill     []uint16 // sessions to end, by TSIH
 	}
 
 	// Of the work goroutine alone.
@@ -117,6 +120,16 @@ type worker struct {
 	failed  bool               // it could not be applied
 	lastErr error
 	retryAt env.Boot
+
+	complained map[string]string // what was logged of accounts, by target
+}
+
+// OnKill ends a session that an administrator does not want.
+func (w *worker) OnKill(k link.Kill) {
+	w.mu.Lock()
+	w.mu.kill = append(w.mu.kill, k.TSIH)
+	w.mu.Unlock()
+	w.poke()
 }
 
 // volumeReport is what control is told of a local copy.
@@ -136,7 +149,7 @@ type detail struct {
 }
 
 func (w *worker) OnState(s link.State) {
-	d := &desired{stamp: s.Stamp, node: s.Node, index: s.Index, inc: s.Incarnation}
+	d := &desired{stamp: s.Stamp, node: s.Node, index: s.Index, inc: s.Incarnation, key: s.SealingKey}
 	if err := errors.Join(json.Unmarshal(s.Members, &d.members), json.Unmarshal(s.Storage, &d.storage)); err != nil {
 		// Control is of another version; what we serve now stays as it is.
 		w.log.Error("cannot read the state from control", zap.Error(err))
@@ -223,6 +236,8 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 		w.mu.Lock()
 		reset := w.mu.reset
 		w.mu.reset = false
+		kill := w.mu.kill
+		w.mu.kill = nil
 		want := w.mu.want
 		w.mu.Unlock()
 		if w.gate.Tick() {
@@ -233,6 +248,11 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 			w.srv.ResetSessions(func(target.SessionInfo) bool { return true })
 		}
 		state := w.gate.State()
+		if len(kill) > 0 {
+			n := w.srv.ResetSessions(func(s target.SessionInfo) bool { return slices.Contains(kill, s.TSIH) })
+			w.log.Info("ended sessions as control asked", zap.Uint16s("tsih", kill), zap.Int("sessions", n))
+			l.Changed()
+		}
 		if want != nil {
 			w.reconcile(ctx, want, state)
 		}

@@ -1,0 +1,76 @@
+package api
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// TargetParam is a parameter of a target that an administrator may set.
+type TargetParam struct {
+	Name     string
+	Default  string   // what our target does without it
+	Min, Max uint64   // of a number; Max 0: not a number
+	Values   []string // of a choice; a list in order of preference is several of them, with commas
+}
+
+// TargetParams are those that TargetSet takes, in tgtadm's order: RFC 7143
+// section 13, and tgtadm's own.
+var TargetParams = []TargetParam{
+	{Name: "nop_interval", Default: "1", Max: 3600},
+	{Name: "nop_count", Default: "1", Max: 100},
+	{Name: "MaxRecvDataSegmentLength", Default: "262144", Min: 512, Max: 16777215},
+	{Name: "HeaderDigest", Default: "None,CRC32C", Values: []string{"None", "CRC32C"}},
+	{Name: "DataDigest", Default: "None,CRC32C", Values: []string{"None", "CRC32C"}},
+	{Name: "InitialR2T", Default: "No", Values: yesNo},
+	{Name: "MaxOutstandingR2T", Default: "8", Min: 1, Max: 65535},
+	{Name: "ImmediateData", Default: "Yes", Values: yesNo},
+	{Name: "FirstBurstLength", Default: "262144", Min: 512, Max: 16777215},
+	{Name: "MaxBurstLength", Default: "1048576", Min: 512, Max: 16777215},
+	{Name: "DataPDUInOrder", Default: "Yes", Values: yesNo},
+	{Name: "DataSequenceInOrder", Default: "Yes", Values: yesNo},
+	{Name: "ErrorRecoveryLevel", Default: "0", Max: 2},
+	{Name: "IFMarker", Default: "No", Values: []string{"No"}},
+	{Name: "OFMarker", Default: "No", Values: []string{"No"}},
+	{Name: "DefaultTime2Wait", Default: "2", Max: 3600},
+	{Name: "DefaultTime2Retain", Default: "20", Max: 3600},
+	{Name: "OFMarkInt", Default: "Reject", Values: []string{"Reject"}},
+	{Name: "IFMarkInt", Default: "Reject", Values: []string{"Reject"}},
+	{Name: "MaxConnections", Default: "1", Min: 1, Max: 65535},
+	{Name: "RDMAExtensions", Default: "No", Values: []string{"No"}},
+	{Name: "TargetRecvDataSegmentLength", Default: "262144", Min: 512, Max: 16777215},
+	{Name: "InitiatorRecvDataSegmentLength", Default: "262144", Min: 512, Max: 16777215},
+	{Name: "MaxOutstandingUnexpectedPDUs", Default: "0", Max: 65535},
+	{Name: "MaxXmitDataSegmentLength", Default: "262144", Min: 512, Max: 16777215},
+	{Name: "MaxQueueCmd", Default: "128", Min: 1, Max: 512},
+}
+
+var yesNo = []string{"Yes", "No"}
+
+// CheckTargetParam says what is wrong with a parameter; an empty value is the
+// default and always right.
+func CheckTargetParam(name, value string) error {
+	i := slices.IndexFunc(TargetParams, func(p TargetParam) bool { return p.Name == name })
+	if i < 0 {
+		return fmt.Errorf("unknown parameter %q", name)
+	}
+	p := &TargetParams[i]
+	switch {
+	case value == "":
+	case len(p.Values) == 0:
+		n, err := strconv.ParseUint(value, 10, 64)
+		if err != nil || n < p.Min || n > p.Max {
+			return fmt.Errorf("%s=%s: %d to %d are possible", name, value, p.Min, p.Max)
+		}
+	default:
+		seen := map[string]bool{}
+		for v := range strings.SplitSeq(value, ",") {
+			if !slices.Contains(p.Values, v) || seen[v] || len(seen) > 0 && !strings.Contains(p.Default, ",") {
+				return fmt.Errorf("%s=%s: %s is possible", name, value, strings.Join(p.Values, " or "))
+			}
+			seen[v] = true
+		}
+	}
+	return nil
+}
