@@ -317,3 +317,8 @@ func snapshotAndCopy(t *testing.T, c *cluster.Cluster, n *cluster.Node, to strin
 		return err == nil && r.Gate == "serving", r.Gate
 	})
 }
+
+func workerRuns(n *cluster.Node, pidFile string) bool {
+	p, err := link.ReadPID(filepath.Join(n.Run, pidFile))
+	return err == nil && p.Alive()
+}
