@@ -17,7 +17,7 @@ type Control struct {
 // helloTimeout bounds the first exchange; a worker answers from memory.
 const helloTimeout = 3 * time.Second
 
-// ErrRefused: the worker obeys somebody else, or knows more than we do.
+// ErrRefused tells that the worker obeys somebody else, or knows more than we do.
 var ErrRefused = errors.New("refused by the worker")
 
 // Connect dials a worker and says hello.

@@ -22,7 +22,7 @@ func (s Stamp) String() string {
 	return fmt.Sprintf("index %d, view %d, epoch %d", s.Index, s.View, s.Epoch)
 }
 
-// ErrBackwards: a control that knows less than the worker has already obeyed.
+// ErrBackwards is a control that knows less than the worker has already obeyed.
 var ErrBackwards = errors.New("older than what this worker has obeyed")
 
 // Guard is the memory of a worker: what it has obeyed. Pure; its owner locks.

@@ -98,7 +98,7 @@ func (s *Server) Serve(ctx context.Context) {
 				delete(s.mu.conns, conn)
 				s.mu.Unlock()
 			}()
-			if err := s.serve(conn); err != nil && ctx.Err() == nil {
+			if err := s.serve(conn); ctx.Err() == nil {
 				s.log.Info("control connection ended", zap.Error(err))
 			}
 		})
@@ -112,6 +112,7 @@ func (s *Server) Serve(ctx context.Context) {
 	s.wg.Wait()
 }
 
+// serve answers one connection; it returns why it ended, never nil.
 func (s *Server) serve(c *Conn) error {
 	var me uint64
 	for {
