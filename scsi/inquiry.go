@@ -415,13 +415,16 @@ type BlockDevice struct {
 	RotationRate uint16 // 1 = non-rotating, 0 = not reported
 	FormFactor   uint8
 	FUAB, VBULS  bool
+	// WABEREQ and WACEREQ tell how reads behave after SANITIZE BLOCK ERASE and
+	// CRYPTOGRAPHIC ERASE: 0 not told, 1 they succeed, 2 and 3 they fail.
+	WABEREQ, WACEREQ uint8
 }
 
 // Bytes builds the page, 64 bytes.
 func (d *BlockDevice) Bytes() []byte {
 	b := make([]byte, 0x3C)
 	binary.BigEndian.PutUint16(b, d.RotationRate)
-	b[3] = d.FormFactor & 0xF
+	b[3] = d.WABEREQ&3<<6 | d.WACEREQ&3<<4 | d.FormFactor&0xF
 	set(&b[4], d.FUAB, 1)
 	set(&b[4], d.VBULS, 0)
 	return VPD(VPDBlockDevice, b)
@@ -436,7 +439,7 @@ func ParseBlockDevice(page []byte) (*BlockDevice, error) {
 	if len(b) < 5 {
 		return nil, short("vpd page b1h", len(b), 5)
 	}
-	return &BlockDevice{binary.BigEndian.Uint16(b), b[3] & 0xF, b[4]&2 != 0, b[4]&1 != 0}, nil
+	return &BlockDevice{binary.BigEndian.Uint16(b), b[3] & 0xF, b[4]&2 != 0, b[4]&1 != 0, b[3] >> 6, b[3] >> 4 & 3}, nil
 }
 
 // Provisioning is VPD page B2h (SBC-3 6.6.4).

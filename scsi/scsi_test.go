@@ -323,7 +323,7 @@ func TestVPDRoundTrip(t *testing.T) {
 	if ge, err := ParseExtended(e.Bytes()); err != nil || *ge != *e || len(e.Bytes()) != 64 {
 		t.Error(ge, err)
 	}
-	d := &BlockDevice{RotationRate: 1, FormFactor: 2, FUAB: true, VBULS: true}
+	d := &BlockDevice{RotationRate: 1, FormFactor: 2, FUAB: true, VBULS: true, WABEREQ: 1, WACEREQ: 3}
 	if gd, err := ParseBlockDevice(d.Bytes()); err != nil || *gd != *d {
 		t.Error(gd, err)
 	}

@@ -136,6 +136,7 @@ const (
 	ASCTooMuchWriteData        ASC = 0x4B02
 	ASCDataOffset              ASC = 0x4B05
 	ASCOverlapped              ASC = 0x4E00
+	ASCSanitizeFailed          ASC = 0x3103
 	ASCRemovalPrevented        ASC = 0x5302
 	ASCNoResources             ASC = 0x5503
 	ASCNoRegistration          ASC = 0x5504 // INSUFFICIENT REGISTRATION RESOURCES
@@ -202,6 +203,7 @@ var ascNames = map[ASC]string{
 	ASCTooMuchWriteData:        "TOO MUCH WRITE DATA",
 	ASCDataOffset:              "DATA OFFSET ERROR",
 	ASCOverlapped:              "OVERLAPPED COMMANDS ATTEMPTED",
+	ASCSanitizeFailed:          "SANITIZE COMMAND FAILED",
 	ASCRemovalPrevented:        "MEDIUM REMOVAL PREVENTED",
 	ASCNoResources:             "INSUFFICIENT RESOURCES",
 	ASCNoRegistration:          "INSUFFICIENT REGISTRATION RESOURCES",

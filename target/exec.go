@@ -132,6 +132,9 @@ func (t *task) mediumReady(cmd *scsi.Command) *scsi.Sense {
 			return &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASCSanitizeInProgress, HasProgress: true, Progress: uint16(p)}
 		}
 	}
+	if m.sanitizeKO.Load() && (cmd.Effect == scsi.EffectRead || cmd.Effect == scsi.EffectWrite) && cmd.Op != scsi.OpSanitize {
+		return scsi.Check(scsi.MediumError, scsi.ASCSanitizeFailed)
+	}
 	switch cmd.Effect {
 	case scsi.EffectRead, scsi.EffectWrite, scsi.EffectFlush, scsi.EffectState:
 		m.mu.Lock()

@@ -13,7 +13,7 @@ var vpdPages = map[uint8]func(*exec) []byte{
 	scsi.VPDDeviceID:      vpdDeviceID,
 	scsi.VPDExtended:      vpdExtended,
 	scsi.VPDBlockLimits:   vpdBlockLimits,
-	scsi.VPDBlockDevice:   func(x *exec) []byte { return (&scsi.BlockDevice{RotationRate: 1}).Bytes() },
+	scsi.VPDBlockDevice:   func(x *exec) []byte { return (&scsi.BlockDevice{RotationRate: 1, WABEREQ: 1}).Bytes() },
 	scsi.VPDLogicalBlocks: vpdProvisioning,
 }
 

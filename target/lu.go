@@ -20,12 +20,13 @@ type logicalUnit struct {
 	id        Identity
 	removable bool
 
-	size   atomic.Int64 // as last told to initiators
-	mode   modeState
-	ranges rangeQueue
-	pool   pool
-	medium mediumState
-	groups atomic.Pointer[func() ([]scsi.PortGroup, uint8)]
+	size      atomic.Int64 // as last told to initiators
+	mode      modeState
+	ranges    rangeQueue
+	pool      pool
+	medium    mediumState
+	sanitizer sanitizer
+	groups    atomic.Pointer[func() ([]scsi.PortGroup, uint8)]
 
 	// latency is the moving average of backend calls in ns, for the choice
 	// between running a command on the reader and handing it off.

@@ -208,6 +208,7 @@ func (s *Server) Apply(c Config) error {
 		u    *logicalUnit
 	}
 	var removals []removal
+	var gone []*logicalUnit
 	for name, t := range want {
 		n := s.nodes[name]
 		if n == nil {
@@ -272,6 +273,7 @@ func (s *Server) Apply(c Config) error {
 			continue
 		}
 		// Everything that runs on the old unit ends before Apply returns.
+		gone = append(gone, u)
 		for _, sess := range s.sessions {
 			removals = append(removals, removal{sess, u})
 		}
@@ -323,6 +325,9 @@ func (s *Server) Apply(c Config) error {
 	for _, l := range closing {
 		_ = l.l.Close()
 		<-l.done
+	}
+	for _, u := range gone {
+		_ = u.stopSanitize(context.Background(), func(string) bool { return true })
 	}
 	for _, r := range removals {
 		drain.Add(1)
@@ -831,6 +836,9 @@ func (s *Server) CutInitiator(ctx context.Context, names []string, epoch uint64)
 	}
 	s.mu.Unlock()
 	for _, u := range us {
+		if err := u.stopSanitize(ctx, func(name string) bool { return slices.Contains(norm, name) }); err != nil {
+			return fmt.Errorf("cut initiators %s at epoch %d: their SANITIZE of volume %s has not ended: %w", strings.Join(norm, ", "), epoch, u.volume, err)
+		}
 		r, err := u.res.Apply(ctx, pr.Request{Kind: pr.KindPurge, Names: norm})
 		if err != nil {
 			return fmt.Errorf("cut initiators %s at epoch %d: end their reservations on volume %s: %w", strings.Join(norm, ", "), epoch, u.volume, err)
@@ -925,6 +933,12 @@ func (s *Server) Close() error {
 	}
 	for _, x := range s.list() {
 		x.end(ErrClosed)
+	}
+	s.mu.Lock()
+	lus := s.lus
+	s.mu.Unlock()
+	for _, u := range lus {
+		_ = u.stopSanitize(context.Background(), func(string) bool { return true })
 	}
 	s.wg.Wait()
 	return nil

@@ -265,6 +265,9 @@ func (s *session) abortInto(g *group, match func(*task) bool) (n int) {
 			continue
 		}
 		t.aborted = true
+		if t.onAbort != nil {
+			t.onAbort()
+		}
 		switch {
 		case t.state == stateReceive && !t.reading:
 			now = append(now, t)

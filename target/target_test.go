@@ -781,7 +781,7 @@ func TestReadOnly(t *testing.T) {
 		if cmd.Has(scsi.FCount) {
 			args = append(args, scsi.Arg{ID: scsi.FCount, Value: 1})
 		}
-		if cmd.Has(scsi.FParamLen) {
+		if cmd.Has(scsi.FParamLen) && (cmd.Op != scsi.OpSanitize || cmd.SA == scsi.SASanitizeOverwrite) {
 			args = append(args, scsi.Arg{ID: scsi.FParamLen, Value: 24})
 		}
 		x, err := scsi.Build(cmd.Op, cmd.SA, args...)

@@ -64,6 +64,7 @@ type task struct {
 	aborted bool
 	reading bool // the connection's reader copies into buf
 	ends    []func()
+	onAbort func()
 }
 
 type r2t struct {
@@ -509,6 +510,8 @@ func (t *task) run(ctx context.Context) {
 		// for its data or its range (SAFETY §4).
 		if t.lu.res.Conflicts(s.nexus, t.cdb.Conflict()) {
 			err = errConflict
+		} else if bad := t.mediumReady(t.cdb.Cmd); bad != nil {
+			err = bad
 		} else {
 			begin := t.c.srv.now()
 			err = t.h.run(x)
