@@ -15,7 +15,6 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/cobra"
@@ -60,8 +59,12 @@ func root() *cobra.Command {
 			}
 			ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 			defer stop()
-			defer watchdog(ctx, log)()
-			return control.Run(ctx, cfg, file, log, func() { notify(log, daemon.SdNotifyReady) })
+			defer notify(log, daemon.SdNotifyStopping)
+			return control.Run(ctx, cfg, file, log, control.Tell{
+				Ready: func() { notify(log, daemon.SdNotifyReady) },
+				// More often than WatchdogSec asks; without systemd it goes nowhere.
+				Alive: func() { notify(log, daemon.SdNotifyWatchdog) },
+			})
 		},
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
@@ -112,32 +115,4 @@ func notify(log *zap.Logger, state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		log.Warn("cannot tell systemd", zap.String("state", state), zap.Error(err))
 	}
-}
-
-// watchdog tells systemd that we are alive, at half the interval that it set.
-func watchdog(ctx context.Context, log *zap.Logger) (stop func()) {
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil {
-		log.Warn("systemd's watchdog interval", zap.Error(err))
-	}
-	if every == 0 {
-		return func() {}
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		t := time.NewTicker(every / 2)
-		defer t.Stop()
-		for {
-			select {
-			case <-t.C:
-				notify(log, daemon.SdNotifyWatchdog)
-			case <-ctx.Done():
-				notify(log, daemon.SdNotifyStopping)
-				return
-			}
-		}
-	}()
-	return func() { cancel(); <-done }
 }

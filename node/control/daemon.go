@@ -47,9 +47,17 @@ type Daemon struct {
 	changed chan struct{} // the member was opened or closed
 }
 
+// Tell is how the service manager learns of us. Both may be nil.
+type Tell struct {
+	Ready func() // the local API answers
+	// Alive is called every second while the daemon's loop turns and the state
+	// machine can be read: a process that only breathes is not alive.
+	Alive func()
+}
+
 // Run is the control process: it returns when ctx ends (a planned stop, which
 // takes the workers down), or with an error that the process cannot live with.
-func Run(ctx context.Context, cfg config.Config, cfgPath string, log *zap.Logger, ready func()) error {
+func Run(ctx context.Context, cfg config.Config, cfgPath string, log *zap.Logger, tell Tell) error {
 	// 1. Of two controls of one node the second must not get far.
 	for _, dir := range []string{cfg.DataDir, cfg.RunDir} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -101,8 +109,10 @@ func Run(ctx context.Context, cfg config.Config, cfgPath string, log *zap.Logger
 		log.Info("this node belongs to no cluster", zap.String("next", "clusteradm init NAME, or clusteradm join TOKEN@HOST:PORT"))
 	}
 	log.Info("clusterd is up", zap.String("version", version.String()), zap.Uint64("control", d.incarnation), zap.String("socket", cfg.Socket()))
-	ready()
-	err = d.watch(ctx)
+	if tell.Ready != nil {
+		tell.Ready()
+	}
+	err = d.watch(ctx, tell.Alive)
 	// Shutdown mirrors start: leadership away, workers drained, member closed.
 	return errors.Join(err, d.shutdown())
 }
@@ -188,24 +198,33 @@ func (d *Daemon) poke() {
 }
 
 // watch waits for the end, and takes a member down that the cluster has let go.
-func (d *Daemon) watch(ctx context.Context) error {
+func (d *Daemon) watch(ctx context.Context, alive func()) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var reported bool
 	for {
 		var gone, stopped <-chan struct{}
 		m := d.member()
 		if m != nil {
-			gone, stopped = m.gone, m.cluster.Stopped()
+			gone = m.gone
+			if !reported { // once is enough; the channel stays closed
+				stopped = m.cluster.Stopped()
+			}
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-d.changed:
-		case <-stopped:
-			d.log.Error("the state machine has stopped; this node answers status only", zap.Error(m.cluster.Err()))
-			select {
-			case <-ctx.Done():
-				return nil
-			case <-d.changed:
+		case <-tick.C:
+			if alive != nil {
+				if m != nil {
+					m.cluster.Index() // takes the lock of the state machine
+				}
+				alive()
 			}
+		case <-stopped:
+			reported = true
+			d.log.Error("the state machine has stopped; this node answers status only", zap.Error(m.cluster.Err()))
 		case <-gone:
 			m.mu.Lock()
 			why := m.mu.goneWhy

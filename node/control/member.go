@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -726,5 +727,11 @@ func (m *member) storageChange(ctx context.Context, r link.Request) (uint64, err
 func (d *Daemon) workerCommand(k link.Kind) *exec.Cmd {
 	cmd := exec.Command(d.exe, "worker", string(k), "--config", d.cfgPath)
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
+	// systemd's channel is control's: a worker that outlives it must not speak there.
+	for _, kv := range os.Environ() {
+		if !strings.HasPrefix(kv, "NOTIFY_SOCKET=") && !strings.HasPrefix(kv, "WATCHDOG_") {
+			cmd.Env = append(cmd.Env, kv)
+		}
+	}
 	return cmd
 }

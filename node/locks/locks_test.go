@@ -4,9 +4,13 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
+
 	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/node/link"
 )
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestLocksStopWithTheLease(t *testing.T) {
 	c := env.NewManual(0)

@@ -51,7 +51,13 @@ func (w *worker) openStore(v *fsmstorage.Volume) (*file.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if got := f.Info().Size; got != v.Config.Size {
+	if got := f.Info().Size; got != v.Config.Size && v.State == fsmstorage.Creating {
+		// Its making was cut short, and nobody has written to it yet.
+		if err := errors.Join(f.Close(), os.Remove(path)); err != nil {
+			return nil, fmt.Errorf("make the store %s anew: %w", path, err)
+		}
+		return file.Create(path, v.Config.Size, w.fileOptions(v.Config.BlockSize))
+	} else if got != v.Config.Size {
 		return nil, errors.Join(fmt.Errorf("the store %s has %d bytes, the volume has %d", path, got, v.Config.Size), f.Close())
 	}
 	return f, nil
