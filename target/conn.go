@@ -54,7 +54,13 @@ type conn struct {
 	textTTT uint32
 	nextTTT uint32
 	neg     *iscsi.Negotiator
-	handoff *time.Timer
+
+	// role passes the reader's role on, see inline.
+	role struct {
+		sync.Mutex
+		inline bool // a command runs on the reader
+		timer  *time.Timer
+	}
 
 	// out guards the queue of responses.
 	out struct {
@@ -684,20 +690,40 @@ const inlineLimit = 2 * time.Millisecond
 // reader's role over, so that a stalled disk never delays a NOP answer; this one
 // finishes its command and ends.
 func (c *conn) inline(t *task) error {
-	c.srv.wg.Add(1) // for the other goroutine, while this one's own count holds the server open
-	if c.handoff == nil {
-		c.handoff = time.AfterFunc(inlineLimit, func() {
-			defer c.srv.wg.Done()
-			c.read()
-		})
+	r := &c.role
+	r.Lock()
+	r.inline = true
+	if r.timer == nil {
+		r.timer = time.AfterFunc(inlineLimit, c.takeOver)
 	} else {
-		c.handoff.Reset(inlineLimit)
+		r.timer.Reset(inlineLimit)
 	}
+	r.Unlock()
 	t.run(context.Background())
-	if c.handoff.Stop() {
-		c.srv.wg.Done()
+	r.Lock()
+	mine := r.inline
+	r.inline = false
+	r.Unlock()
+	if mine {
+		r.timer.Stop() // should it fire now, it finds nothing to take, or the next command early
 		return nil
 	}
 	c.kick()
 	return errRoleGone
+}
+
+// takeOver reads on in place of a reader that is held up in a command. The count
+// of goroutines is raised while that one still holds its own.
+func (c *conn) takeOver() {
+	c.role.Lock()
+	take := c.role.inline
+	if take {
+		c.role.inline = false
+		c.srv.wg.Add(1)
+	}
+	c.role.Unlock()
+	if take {
+		defer c.srv.wg.Done()
+		c.read()
+	}
 }

@@ -1051,3 +1051,65 @@ func TestManySessions(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+// TestReaderRole: commands on the reader that now and then take longer than
+// inlineLimit pass the reading on, again and again, and nothing is read twice or
+// lost.
+func TestReaderRole(t *testing.T) {
+	t.Parallel()
+	m := lunOf(t, 0).Device
+	sometimes := &hiccup{Device: m}
+	b := newBench(t, Options{}, lunOn(0, sometimes))
+	c := b.ready(loginOpt{})
+	p := make([]byte, 512)
+	for lba := range uint64(64) {
+		p[0] = byte(lba)
+		c.do(0, scsi.Write(lba, 1, false), p, 0).want(t, "write", scsi.StatusGood, 0, 0)
+	}
+	sometimes.on.Store(true)
+	want := map[uint32]byte{}
+	const n = 3000
+	got := 0
+	recvOne := func() {
+		bh, d, err := c.recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bh.Opcode() != iscsi.OpDataIn || len(d) != 512 || d[0] != want[bh.ITT()] {
+			t.Fatalf("%s for task %d: %d bytes", bh.Opcode(), bh.ITT(), len(d))
+		}
+		delete(want, bh.ITT())
+		got++
+	}
+	for i := range n {
+		q := c.command(0, scsi.Read(uint64(i%64), 1), nil, 512)
+		want[q.ITT] = byte(i % 64)
+		c.send(q)
+		if i%3 == 2 { // a few in flight
+			for len(want) > 0 {
+				recvOne()
+			}
+		}
+	}
+	for len(want) > 0 {
+		recvOne()
+	}
+	if got != n || sometimes.slow.Load() < 10 {
+		t.Errorf("%d answers, %d slow", got, sometimes.slow.Load())
+	}
+}
+
+// hiccup is a fast store that takes 5 ms for every 97th read.
+type hiccup struct {
+	block.Device
+	on      atomic.Bool
+	n, slow atomic.Int64
+}
+
+func (h *hiccup) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if h.on.Load() && h.n.Add(1)%97 == 0 {
+		h.slow.Add(1)
+		time.Sleep(5 * time.Millisecond)
+	}
+	return h.Device.ReadAt(ctx, p, off)
+}

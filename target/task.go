@@ -130,6 +130,11 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 		}
 		return &iscsi.ProtocolError{Reason: iscsi.RejectTaskInProgress, Opcode: iscsi.OpScsiCommand, Why: "initiator task tag is in use"}
 	}
+	// The map may have changed since prepare looked. From here on a change finds the
+	// task in its session and aborts it.
+	if t.ent != nil && s.tgt.entry(t.ent.num) != t.ent {
+		t.ent, t.lu, t.want = nil, nil, 0
+	}
 	s.stats.commands.Add(1)
 	delete(c.tombs, t.itt)
 	if imm > 0 {
