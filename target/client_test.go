@@ -89,6 +89,7 @@ type client struct {
 	keys   []iscsi.Pair // last text
 	tsih   uint16
 	limit  time.Duration
+	async  [][]byte // data of asynchronous messages
 	maxCmd iscsi.Serial
 }
 
@@ -409,6 +410,9 @@ func (c *client) finish(p *iscsi.ScsiCommand, out []byte) (res result, err error
 			}
 			return res, nil
 		case iscsi.OpNopIn:
+			continue
+		case iscsi.OpAsync:
+			c.async = append(c.async, d)
 			continue
 		case iscsi.OpReject:
 			var r iscsi.Reject

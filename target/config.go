@@ -151,6 +151,10 @@ type Target struct {
 	LUNs    []LUN
 	// Offline refuses logins with "service unavailable", for drains.
 	Offline bool
+	// Redirect sends initiators to another portal, HOST:PORT[,TAG], before they
+	// authenticate; RedirectForever says that they should remember it.
+	Redirect        string
+	RedirectForever bool
 }
 
 // ACL says who may see a target. Every kind of rule that is not empty must
@@ -229,6 +233,11 @@ func (c *Config) Validate() error {
 		}
 		if len(t.Portals) == 0 {
 			return fmt.Errorf("target %s: no portal", t.IQN)
+		}
+		if t.Redirect != "" {
+			if _, err := iscsi.ParsePortal(t.Redirect); err != nil {
+				return fmt.Errorf("target %s: redirect: %w", t.IQN, err)
+			}
 		}
 		if err := t.Auth.validate(); err != nil {
 			return fmt.Errorf("target %s: %w", t.IQN, err)

@@ -158,7 +158,7 @@ func (s *Server) Apply(c Config) error {
 	if err != nil {
 		return err
 	}
-	var drop []*session
+	var drop, announce []*session
 	var drain sync.WaitGroup
 	attend := func(sess *session, u *logicalUnit, code scsi.ASC) { sess.attend(u, code) }
 
@@ -264,6 +264,7 @@ func (s *Server) Apply(c Config) error {
 					for _, u := range n.units() {
 						attend(sess, u, scsi.ASCReportedLunsChanged)
 					}
+					announce = append(announce, sess)
 				}
 			}
 		}
@@ -325,6 +326,9 @@ func (s *Server) Apply(c Config) error {
 	for _, l := range closing {
 		_ = l.l.Close()
 		<-l.done
+	}
+	for _, sess := range announce { // also where no unit is left to carry an attention
+		sess.conn.announce(scsi.Check(scsi.UnitAttention, scsi.ASCReportedLunsChanged))
 	}
 	for _, u := range gone {
 		_ = u.stopSanitize(context.Background(), func(string) bool { return true })
@@ -525,6 +529,13 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 	}
 	if t.Offline {
 		return no(iscsi.StatusServiceUnavailable)
+	}
+	if t.Redirect != "" {
+		st := iscsi.StatusMovedTemporarily
+		if t.RedirectForever {
+			st = iscsi.StatusMovedPermanently
+		}
+		return iscsi.Admission{Status: st, Address: t.Redirect}
 	}
 	if id.TSIH != 0 {
 		if x := s.sessions[id.TSIH]; x == nil || x.tgt != n || x.name != id.InitiatorName || x.isid != id.ISID {
@@ -900,6 +911,13 @@ func (c *conn) probe(now int64) {
 		c.queue(response{pdu: &iscsi.NopIn{ITT: iscsi.ReservedTag, TTT: pingTTT}})
 		c.kick()
 	}
+}
+
+// announce sends a SCSI asynchronous event (RFC 7143 11.9.1) without waiting for
+// a command to carry it.
+func (c *conn) announce(s *scsi.Sense) {
+	c.queue(response{pdu: &iscsi.Async{Event: iscsi.AsyncSCSI}, data: iscsi.AppendSense(nil, s.Bytes(false), nil)})
+	c.kick()
 }
 
 // pingTTT is the tag of every ping: a valid one, because initiators answer only

@@ -253,6 +253,14 @@ func TestApply(t *testing.T) {
 	tgt.LUNs = append(tgt.LUNs, lunOf(t, 2)) // added
 	b.apply()
 	c.do(0, scsi.TestUnitReady(), nil, 0).want(t, "added", scsi.StatusCheckCondition, scsi.UnitAttention, scsi.ASCReportedLunsChanged)
+	if len(c.async) != 1 {
+		t.Fatalf("%d asynchronous messages", len(c.async))
+	}
+	if raw, _, err := iscsi.ParseSense(c.async[0]); err != nil {
+		t.Error(err)
+	} else if s, err := scsi.ParseSense(raw); err != nil || s.Code != scsi.ASCReportedLunsChanged {
+		t.Error(s, err)
+	}
 	c.do(2, scsi.TestUnitReady(), nil, 0).want(t, "added", scsi.StatusCheckCondition, scsi.UnitAttention, scsi.ASCReportedLunsChanged)
 	c.do(2, scsi.TestUnitReady(), nil, 0).want(t, "added", scsi.StatusGood, 0, 0)
 	// REPORT LUNS is the answer to it.
@@ -1112,4 +1120,28 @@ func (h *hiccup) ReadAt(ctx context.Context, p []byte, off int64) error {
 		time.Sleep(5 * time.Millisecond)
 	}
 	return h.Device.ReadAt(ctx, p, off)
+}
+
+func TestRedirect(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Options{}, lunOf(t, 0))
+	b.conf.Targets[0].Redirect = "192.0.2.7:3260,3"
+	b.conf.Targets[0].Auth = Auth{Accounts: []Account{{"a", Secret("secret of twelve")}}} // asked before
+	b.apply()
+	c := dial(t, b.addr())
+	if st := c.tryLogin(loginOpt{}); st != iscsi.StatusMovedTemporarily {
+		t.Error(st)
+	}
+	if len(c.keys) != 1 || c.keys[0].Value != "192.0.2.7:3260,3" {
+		t.Error(c.keys)
+	}
+	b.conf.Targets[0].RedirectForever = true
+	b.apply()
+	if st := dial(t, b.addr()).tryLogin(loginOpt{}); st != iscsi.StatusMovedPermanently {
+		t.Error(st)
+	}
+	b.conf.Targets[0].Redirect = "nowhere:0"
+	if err := b.srv.Apply(b.conf); err == nil {
+		t.Error("a portal without a port was taken")
+	}
 }
