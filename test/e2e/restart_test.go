@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -321,4 +322,57 @@ func snapshotAndCopy(t *testing.T, c *cluster.Cluster, n *cluster.Node, to strin
 func workerRuns(n *cluster.Node, pidFile string) bool {
 	p, err := link.ReadPID(filepath.Join(n.Run, pidFile))
 	return err == nil && p.Alive()
+}
+
+// TestWorkerKilled: a new storage worker serves under a new epoch (SAFETY r6), and
+// what was flushed is there.
+func TestWorkerKilled(t *testing.T) {
+	c := cluster.New(t, 3).Up()
+	n3 := c.Node("n3")
+	l := lun(t, c, "n3", 16<<20)
+	open := func(name string) block.Device {
+		t.Helper()
+		var dev block.Device
+		c.Wait("a login", 30*time.Second, func() (bool, string) {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			defer cancel()
+			d, err := initiator.OpenURL(ctx, l.URLs[0], initiator.Config{InitiatorName: "iqn.2026-11.test:" + name})
+			dev = d
+			return err == nil, fmt.Sprint(err)
+		})
+		return dev
+	}
+	d := open("first")
+	want := bytes.Repeat([]byte("flushed."), 512)
+	if err := d.WriteAt(t.Context(), want, 8192, block.FUA); err != nil {
+		t.Fatal(err)
+	}
+	for epoch := uint64(2); epoch < 4; epoch++ {
+		p, err := n3.Worker(link.Storage)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		c.Wait(fmt.Sprintf("the volume is served under epoch %d", epoch), 30*time.Second, func() (bool, string) {
+			s, err := c.Nodes[0].Status()
+			if err != nil || len(s.Volumes) != 1 {
+				return false, fmt.Sprint(err)
+			}
+			return s.Volumes[0].Epoch == epoch && s.Volumes[0].Health == api.HealthDegraded, cluster.JSON(s.Volumes[0])
+		})
+		got := make([]byte, len(want))
+		d2 := open(fmt.Sprint("again", epoch))
+		if err := d2.ReadAt(t.Context(), got, 8192); err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("read back after the kill: %v, equal %v", err, bytes.Equal(got, want))
+		}
+		if err := d2.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := d.ReadAt(t.Context(), want, 0); err == nil {
+		t.Error("the session of the dead worker still answers")
+	}
+	_ = d.Close()
 }
