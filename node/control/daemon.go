@@ -424,7 +424,7 @@ func (d *Daemon) local(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	if m := d.member(); m != nil {
-		m.routes().ServeHTTP(w, r)
+		m.handler.ServeHTTP(w, r)
 		return
 	}
 	mux := http.NewServeMux()
@@ -475,7 +475,7 @@ func (m *member) listenAPI() error {
 		writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
 	})
 	all := http.NewServeMux()
-	all.Handle("/v1/", m.routes())
+	all.Handle("/v1/", m.handler)
 	all.Handle("GET /metrics", promhttp.HandlerFor(m.d.reg, promhttp.HandlerOpts{}))
 	all.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) { m.d.readyz(w) })
 	m.apiSrv = &http.Server{Handler: m.d.asRemote(m, open, all), ReadHeaderTimeout: 10 * time.Second,

@@ -47,6 +47,7 @@ type member struct {
 	granter *granter
 	table   *leaderTable
 	apiSrv  *http.Server
+	handler http.Handler // of /v1, for both ports
 	refused *prometheus.CounterVec
 
 	ctx     context.Context
@@ -139,6 +140,7 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 		cancel()
 		return nil, err
 	}
+	m.handler = m.routes()
 	if err := m.listenAPI(); err != nil {
 		cancel()
 		return nil, err
