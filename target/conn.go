@@ -54,6 +54,8 @@ type conn struct {
 	textTTT uint32
 	nextTTT uint32
 	neg     *iscsi.Negotiator
+	// noInline: what is given to the device server now must not run on the reader.
+	noInline bool
 
 	// role passes the reader's role on, see inline.
 	role struct {

@@ -139,15 +139,23 @@ func (s *session) order(sn iscsi.Serial, immediate bool, f func()) bool {
 		s.mu.Unlock()
 		return true
 	}
+	// A command that runs on the reader may cost it its role. With others behind it
+	// here that must not happen: they would run beside the new reader.
+	s.conn.noInline = len(s.early) > 0
 	for f != nil {
 		s.expCmdSN++
 		next := s.early[s.expCmdSN]
 		delete(s.early, s.expCmdSN)
 		s.mu.Unlock()
+		more := next != nil || s.conn.noInline
 		f()
+		if !more {
+			return true // and nothing of the connection may be touched any more
+		}
 		f = next
 		s.mu.Lock()
 	}
+	s.conn.noInline = false
 	s.mu.Unlock()
 	return true
 }

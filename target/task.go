@@ -405,7 +405,7 @@ func (t *task) ready() error {
 	if !granted {
 		return nil
 	}
-	if t.lu == nil || t.h.memory {
+	if t.lu == nil {
 		t.run(context.Background())
 		return nil
 	}
@@ -419,7 +419,10 @@ func (t *task) ready() error {
 	// In place when that is cheap and nothing else waits for this goroutine;
 	// else the pool keeps the reader free and the disk busy.
 	lat := t.lu.latency.Load()
-	if !t.h.slow && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen) && !t.lu.pool.busy() {
+	if t.h.memory && !t.c.noInline { // only its gate can hold it up
+		return t.c.inline(t)
+	}
+	if !t.h.slow && !t.h.memory && !t.c.noInline && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen) && !t.lu.pool.busy() {
 		return t.c.inline(t)
 	}
 	t.lu.pool.submit(t)
@@ -453,6 +456,10 @@ var errAborted = errors.New("task was aborted")
 
 // gateOp is the class of a command at the gate.
 func gateOp(c *scsi.Command) Op {
+	switch {
+	case c.Op == scsi.OpReadCapacity10, c.Op == scsi.OpServiceActionIn16 && c.SA == scsi.SAReadCapacity16:
+		return OpInquire // answered in every access state (facts/ha.md §4.1)
+	}
 	switch c.Effect {
 	case scsi.EffectRead, scsi.EffectState:
 		return OpRead
