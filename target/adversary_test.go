@@ -162,8 +162,7 @@ func TestAdversary(t *testing.T) {
 		}},
 		{name: "AHS that lies", full: true, send: func(c *client) {
 			p := c.command(0, scsi.TestUnitReady(), nil, 0)
-			c.cmdSN-- // it was not taken
-			h := hdr(p, 0)
+			h := hdr(p, 0) // may not be sent again, so its CmdSN is taken
 			h.SetAHSLen(8)
 			raw(c, h, []byte{0xFF, 0xFF, 1, 0, 0, 0, 0, 0})
 		}, want: rejected(iscsi.RejectInvalidField)},
@@ -174,7 +173,6 @@ func TestAdversary(t *testing.T) {
 		{name: "F and W both 0", full: true, send: func(c *client) {
 			p := c.command(0, scsi.TestUnitReady(), nil, 0)
 			p.Final = false
-			c.cmdSN--
 			c.send(p)
 		}, want: rejected(iscsi.RejectInvalidField)},
 		{name: "Data-Out of nothing", full: true, send: func(c *client) { c.send(&iscsi.DataOut{Final: true, ITT: 0x9999, TTT: 0x1234}, evil[:512]) }, want: rejected(iscsi.RejectInvalidField)},

@@ -272,7 +272,24 @@ func (c *conn) judge(b *iscsi.BHS, err error) error {
 		return err
 	}
 	c.reject(&h, pe.Reason)
+	c.consume(&h, pe.Reason)
 	return nil
+}
+
+// consume takes the CmdSN of a rejected PDU that may not be sent again (the table
+// of §11.17.1), or what comes after it would wait for its turn for ever.
+func (c *conn) consume(h *iscsi.BHS, why iscsi.RejectReason) {
+	switch why {
+	case iscsi.RejectProtocolError, iscsi.RejectUnsupported, iscsi.RejectInvalidField:
+	default:
+		return
+	}
+	switch h.Opcode() {
+	case iscsi.OpNopOut, iscsi.OpScsiCommand, iscsi.OpTaskMgmtReq, iscsi.OpTextReq, iscsi.OpLogoutReq:
+		if !h.Immediate() {
+			c.s.order(h.CmdSN(), false, func() {})
+		}
+	}
 }
 
 func (c *conn) reject(b *iscsi.BHS, why iscsi.RejectReason) {
