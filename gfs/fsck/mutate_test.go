@@ -123,7 +123,7 @@ func TestMutations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	list := mutations(t, bf, gfstest.Prove(24), seed)
+	list := mutations(t, bf, gfstest.Prove(16), seed)
 	const lanes = 4
 	t.Logf("seed %d (BLOCKHOUSE_SEED)", seed)
 	for lane := range lanes {

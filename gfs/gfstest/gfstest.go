@@ -8,12 +8,14 @@ import (
 	"compress/bzip2"
 	"context"
 	"embed"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/blockhouse-san/blockhouse/gfs/disk"
@@ -30,39 +32,71 @@ const (
 	Dirty1024 = "dirty1024"
 )
 
-// Load writes a copy of a kernel image to a file of t's own and returns its path.
-func Load(t testing.TB, name string) string {
-	t.Helper()
+// chunk is a part of an image that is not all zero.
+type chunk struct {
+	off  int64
+	data []byte
+}
+
+// unpacked keeps images once they are decompressed: that takes seconds under
+// the race detector, and tests load the same few over and over.
+var unpacked struct {
+	sync.Mutex
+	chunks map[string][]chunk
+	size   map[string]int64
+}
+
+func unpack(name string) ([]chunk, int64, error) {
+	unpacked.Lock()
+	defer unpacked.Unlock()
+	if c := unpacked.chunks[name]; c != nil {
+		return c, unpacked.size[name], nil
+	}
 	f, err := data.Open("data/" + name + ".img.bz2")
 	if err != nil {
-		t.Fatal(err)
+		return nil, 0, err
 	}
 	defer f.Close()
-	path := filepath.Join(t.TempDir(), name)
-	out, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
 	r := bzip2.NewReader(f)
+	var out []chunk
 	buf, zero := make([]byte, 64<<10), make([]byte, 64<<10)
 	off := int64(0)
 	for {
 		n, err := io.ReadFull(r, buf)
 		if n > 0 && !bytes.Equal(buf[:n], zero[:n]) {
-			if _, err := out.WriteAt(buf[:n], off); err != nil {
-				t.Fatal(err)
-			}
+			out = append(out, chunk{off, bytes.Clone(buf[:n])})
 		}
 		off += int64(n)
-		if err == io.EOF || err == io.ErrUnexpectedEOF {
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			break
 		}
 		if err != nil {
-			t.Fatal(err)
+			return nil, 0, err
 		}
 	}
-	if err := out.Truncate(off); err != nil {
+	if unpacked.chunks == nil {
+		unpacked.chunks, unpacked.size = map[string][]chunk{}, map[string]int64{}
+	}
+	unpacked.chunks[name], unpacked.size[name] = out, off
+	return out, off, nil
+}
+
+// Load writes a copy of a kernel image to a file of t's own and returns its path.
+func Load(t testing.TB, name string) string {
+	t.Helper()
+	chunks, size, err := unpack(name)
+	if err != nil {
 		t.Fatal(err)
+	}
+	path := Sparse(t, size)
+	out, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range chunks {
+		if _, err := out.WriteAt(c.data, c.off); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := out.Close(); err != nil {
 		t.Fatal(err)
@@ -116,8 +150,16 @@ func Make(t testing.TB, size int64, c mkfs.Config) string {
 	return path
 }
 
+// File is an image file whose Flush does nothing: who looks at it afterwards
+// reads the same page cache, and hundreds of fsyncs would be all that a test run
+// waits for. What must be flushed when is powercut's to judge.
+type File struct{ *disk.File }
+
+// Flush implements disk.Device.
+func (File) Flush() error { return nil }
+
 // Open opens an image for writing until the test ends.
-func Open(t testing.TB, path string) *disk.File {
+func Open(t testing.TB, path string) File {
 	t.Helper()
 	d, err := disk.Open(path, true)
 	if err != nil {
@@ -128,7 +170,7 @@ func Open(t testing.TB, path string) *disk.File {
 			t.Error(err)
 		}
 	})
-	return d
+	return File{d}
 }
 
 // Need skips where a peer program is missing, and fails in CI.
