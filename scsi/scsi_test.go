@@ -334,7 +334,7 @@ func TestVPDRoundTrip(t *testing.T) {
 }
 
 func TestLUN(t *testing.T) {
-	for l := range LUN(MaxLUN + 1) {
+	for l := range MaxLUN + 1 {
 		got, err := ParseLUN(l.Wire())
 		if err != nil || got != l {
 			t.Fatalf("%d: %d %v", l, got, err)

@@ -377,8 +377,6 @@ func TestHalfOpen(t *testing.T) {
 		if err != nil {
 			return false
 		}
-		c := &client{t: t, nc: nc}
-		_ = c
 		_ = nc.Close()
 		b.srv.mu.Lock()
 		defer b.srv.mu.Unlock()

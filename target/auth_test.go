@@ -218,7 +218,7 @@ func TestSecretsAreHidden(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range []string{fmt.Sprint(a), fmt.Sprintf("%+v", a), fmt.Sprintf("%#v", a), fmt.Sprintf("%s", a.Secret), fmt.Sprintf("%x", a.Secret), string(j)} {
+	for _, s := range []string{fmt.Sprint(a), fmt.Sprintf("%+v", a), fmt.Sprintf("%#v", a), a.Secret.String(), fmt.Sprintf("%x", a.Secret), string(j)} {
 		if strings.Contains(s, "hush") || strings.Contains(s, "68757368") {
 			t.Errorf("the secret shows: %s", s)
 		}

@@ -43,7 +43,6 @@ type conn struct {
 
 	lastRead atomic.Int64 // ns since the server's start
 	pinged   atomic.Int64 // when an unanswered NOP-In was sent, 0 = none
-	logout   atomic.Bool  // a logout response was queued: the writer closes after it
 
 	challenges [][]byte // CHAP challenges sent during login
 
@@ -221,7 +220,7 @@ func (c *conn) login() error {
 func (c *conn) read() {
 	for {
 		err := c.step()
-		if err == errRoleGone {
+		if errors.Is(err, errRoleGone) {
 			return
 		}
 		if err == nil {

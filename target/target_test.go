@@ -417,7 +417,7 @@ func TestGate(t *testing.T) {
 		g.set(err, nil)
 		r := c.do(0, scsi.Read(0, 1), nil, 512)
 		r.want(t, err.Error(), scsi.StatusCheckCondition, scsi.NotReady, code)
-		if err != ErrUnsure {
+		if !errors.Is(err, ErrUnsure) {
 			r = c.do(0, scsi.Write(0, 1, false), make([]byte, 512), 0)
 			r.want(t, err.Error(), scsi.StatusCheckCondition, scsi.NotReady, code)
 			if r.r2ts > 0 {

@@ -64,12 +64,10 @@ func input(a Action, params map[string]string) (*os.File, error) {
 	}
 	f := os.NewFile(uintptr(fd), "fence-agent-input")
 	if _, err := f.Write(b); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("write the agent's input: %w", err)
+		return nil, errors.Join(fmt.Errorf("write the agent's input: %w", err), f.Close())
 	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("rewind the agent's input: %w", err)
+		return nil, errors.Join(fmt.Errorf("rewind the agent's input: %w", err), f.Close())
 	}
 	return f, nil
 }

@@ -260,7 +260,7 @@ func (r *Runner) run(ctx context.Context, q Request, keep int) (Result, []byte, 
 	start := r.cfg.Clock.Now()
 	if p.waitHere > 0 {
 		if err := r.cfg.Clock.Sleep(ctx, p.waitHere); err != nil {
-			in.Close()
+			_ = in.Close() // a memfd that nobody has read
 			return Result{Outcome: fencing.Failed, ExitCode: -1, Power: PowerUnknown, Cancelled: true,
 				Why: q.Agent + " was not started: " + context.Cause(ctx).Error(), Took: r.cfg.Clock.Now().Sub(start), Notes: p.notes}, nil, nil
 		}

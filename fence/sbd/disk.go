@@ -57,7 +57,7 @@ func Open(path string, write bool) (*Disk, error) {
 	sector := 512
 	if block {
 		if sector, err = unix.IoctlGetInt(int(f.Fd()), unix.BLKSSZGET); err != nil {
-			f.Close()
+			_ = f.Close() // nothing was written
 			return nil, fmt.Errorf("sector size of %s: %w", path, err)
 		}
 	} else {

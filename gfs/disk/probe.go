@@ -3,6 +3,7 @@ package disk
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 )
 
@@ -57,7 +58,7 @@ var signatures = []struct {
 func Probe(d Device) (Content, error) {
 	// Two MiB hold every mark but those at the end of the device.
 	head := make([]byte, min(d.Size(), 2<<20)&^511)
-	if _, err := d.ReadAt(head, 0); err != nil && err != io.EOF {
+	if _, err := d.ReadAt(head, 0); err != nil && !errors.Is(err, io.EOF) {
 		return Content{}, err
 	}
 	if t := probeExt(head); t != "" {
@@ -78,7 +79,7 @@ func Probe(d Device) (Content, error) {
 	// The backup of a GPT survives a dd over the start of the disk.
 	if d.Size() >= 1<<20 {
 		tail := make([]byte, 4096)
-		if _, err := d.ReadAt(tail, d.Size()&^511-4096); err != nil && err != io.EOF {
+		if _, err := d.ReadAt(tail, d.Size()&^511-4096); err != nil && !errors.Is(err, io.EOF) {
 			return Content{}, err
 		}
 		if hasAt(tail, 4096-512, "EFI PART") || hasAt(tail, 0, "EFI PART") {

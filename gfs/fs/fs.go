@@ -97,15 +97,23 @@ func (f *FS) Drop() {
 	f.rgs = nil
 }
 
-// Dirty, NewBlock, Alloc and Free implement Store.
-func (f *FS) Dirty(uint64) ([]byte, error)    { return nil, ErrReadOnly }
-func (f *FS) NewBlock(uint64) ([]byte, error) { return nil, ErrReadOnly }
-func (f *FS) Alloc(bool) (uint64, error)      { return 0, ErrReadOnly }
-func (f *FS) Free(uint64) error               { return ErrReadOnly }
+// Dirty implements Store: a filesystem without a transaction is read-only.
+func (f *FS) Dirty(uint64) ([]byte, error) { return nil, ErrReadOnly }
 
-// Master and Root read the two directories that the superblock names.
+// NewBlock implements Store, as Dirty.
+func (f *FS) NewBlock(uint64) ([]byte, error) { return nil, ErrReadOnly }
+
+// Alloc implements Store, as Dirty.
+func (f *FS) Alloc(bool) (uint64, error) { return 0, ErrReadOnly }
+
+// Free implements Store, as Dirty.
+func (f *FS) Free(uint64) error { return ErrReadOnly }
+
+// Master reads the master directory, which the superblock names.
 func (f *FS) Master() (*Inode, error) { return ReadInode(f, f.Super.Master.Addr) }
-func (f *FS) Root() (*Inode, error)   { return ReadInode(f, f.Super.Root.Addr) }
+
+// Root reads the root directory, which the superblock names.
+func (f *FS) Root() (*Inode, error) { return ReadInode(f, f.Super.Root.Addr) }
 
 // System reads an inode below the master directory: System("jindex"),
 // System("per_node", "statfs_change0").

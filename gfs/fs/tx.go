@@ -285,9 +285,11 @@ func (t *Tx) NextInum(n uint64) (uint64, error) {
 	return first, ip.Put()
 }
 
-// Fresh returns the changed blocks that nothing on disk refers to yet: they may
-// be written at any time. Changed returns the others. Both are sorted.
-func (t *Tx) Fresh() []Change   { return t.changes(true) }
+// Fresh returns, sorted, the changed blocks that nothing on disk refers to yet:
+// they may be written at any time.
+func (t *Tx) Fresh() []Change { return t.changes(true) }
+
+// Changed returns, sorted, the changed blocks that Fresh does not.
 func (t *Tx) Changed() []Change { return t.changes(false) }
 
 // Change is a block and its new content.

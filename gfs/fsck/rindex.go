@@ -34,9 +34,8 @@ func (c *checker) checkRindex() error {
 	}
 	for i := range good {
 		// A hole between two groups that could hold one: the entry is lost.
-		next := c.f.Blocks()
 		if i+1 < len(good) {
-			next = good[i+1].Addr
+			next := good[i+1].Addr
 			if e := good[i].Data0 + uint64(good[i].Data); next-e >= 16 && c.headerIn(e, next) {
 				bad = true
 			}
@@ -159,7 +158,7 @@ func (c *checker) writeRindex(rgs []ondisk.Rindex) error {
 	for n := uint64(0); len(data) > 0; n++ {
 		a, err := ip.Map(n)
 		if err != nil || a == 0 {
-			return fmt.Errorf("rebuild rindex: %w: block %d of the file is missing (%v)", fs.ErrCorrupt, n, err)
+			return fmt.Errorf("rebuild rindex: %w: block %d of the file is missing: %w", fs.ErrCorrupt, n, err)
 		}
 		b := make([]byte, c.g.BlockSize)
 		data = data[copy(b, data):]

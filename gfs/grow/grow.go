@@ -22,8 +22,8 @@ var (
 	ErrSpace  = errors.New("insufficient space on the device")
 )
 
-// GrowPlan is what Grow will do; sizes are in blocks.
-type GrowPlan struct {
+// Room is what Grow will take; sizes are in blocks.
+type Room struct {
 	BlockSize int
 	FSBlocks  uint64 // end of the last resource group
 	DevBlocks uint64
@@ -32,9 +32,9 @@ type GrowPlan struct {
 }
 
 // Plan looks how far the filesystem can grow. ErrNoRoom when it cannot.
-func Plan(f *fs.FS, align mkfs.Align) (GrowPlan, error) {
+func Plan(f *fs.FS, align mkfs.Align) (Room, error) {
 	g := f.Geometry()
-	p := GrowPlan{BlockSize: g.BlockSize, DevBlocks: f.Blocks()}
+	p := Room{BlockSize: g.BlockSize, DevBlocks: f.Blocks()}
 	rgs, err := f.RGs()
 	if err != nil {
 		return p, err
@@ -63,7 +63,7 @@ func Plan(f *fs.FS, align mkfs.Align) (GrowPlan, error) {
 }
 
 // Grow adds the resource groups of p. All journals must be clean.
-func Grow(dev journal.Device, f *fs.FS, p GrowPlan) error {
+func Grow(dev journal.Device, f *fs.FS, p Room) error {
 	if err := writeRGs(dev, f, p.RGs); err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ var (
 // big-endian whatever the kind.
 type Kind uint8
 
+// The kinds.
 const (
 	KindDec Kind = iota
 	KindHex

@@ -67,6 +67,7 @@ const (
 // MetaType is mh_type.
 type MetaType uint32
 
+// The metadata types (GFS2_METATYPE_*).
 const (
 	TypeNone MetaType = iota
 	TypeSB
@@ -88,6 +89,7 @@ const (
 // Format is mh_format and the payload formats of dinodes.
 type Format uint32
 
+// The formats (GFS2_FORMAT_*).
 const (
 	FormatNone Format = 0
 	FormatSB   Format = 100
@@ -246,6 +248,7 @@ func DirentType(mode uint32) uint16 { return uint16(mode & ModeMask >> 12) }
 // BlockState is the two bits that a bitmap keeps of a block.
 type BlockState uint8
 
+// The states (GFS2_BLKST_*).
 const (
 	Free     BlockState = iota
 	Used                // file data, and metadata that is no dinode

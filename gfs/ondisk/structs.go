@@ -150,7 +150,8 @@ type StatfsChange struct{ Total, Free, Dinodes uint64 }
 // InumRange is the content of inum_rangeN.
 type InumRange struct{ Start, Length uint64 }
 
-// RgrpLVB, InodeLVB and QuotaLVB are lock value blocks, LVBSize bytes each.
+// RgrpLVB is the lock value block of a resource group; it, InodeLVB and QuotaLVB
+// are LVBSize bytes each.
 type RgrpLVB struct {
 	Magic, Flags, Free, Dinodes uint32
 	Igeneration                 uint64
@@ -424,11 +425,20 @@ func Fields(t MetaType) []FieldInfo {
 	return nil
 }
 
-// RindexFields, QuotaFields, StatfsFields, InumRangeFields, DirentFields and
-// EAFields are the tables of the structures inside files and directories.
-func RindexFields() []FieldInfo    { return rindexLayout.infos() }
-func QuotaFields() []FieldInfo     { return quotaLayout.infos() }
-func StatfsFields() []FieldInfo    { return statfsLayout.infos() }
+// RindexFields is the table of an entry of rindex.
+func RindexFields() []FieldInfo { return rindexLayout.infos() }
+
+// QuotaFields is the table of an entry of the quota file.
+func QuotaFields() []FieldInfo { return quotaLayout.infos() }
+
+// StatfsFields is the table of the content of statfs.
+func StatfsFields() []FieldInfo { return statfsLayout.infos() }
+
+// InumRangeFields is the table of the content of inum_rangeN.
 func InumRangeFields() []FieldInfo { return inumRangeLayout.infos() }
-func DirentFields() []FieldInfo    { return direntLayout.infos() }
-func EAFields() []FieldInfo        { return eaLayout.infos() }
+
+// DirentFields is the table of a directory entry.
+func DirentFields() []FieldInfo { return direntLayout.infos() }
+
+// EAFields is the table of the header of an extended attribute.
+func EAFields() []FieldInfo { return eaLayout.infos() }

@@ -434,7 +434,7 @@ func (m *member) keepKey(ctx context.Context) {
 				m.log.Info("got the sealing key", zap.String("id", want))
 				continue
 			}
-			if err != nil && ctx.Err() == nil {
+			if ctx.Err() == nil {
 				m.log.Warn("the accounts cannot be opened yet", zap.Error(err))
 			}
 			if m.d.clock.Sleep(ctx, time.Second) != nil {

@@ -111,7 +111,8 @@ func TestSecretsOf(t *testing.T) {
 	mk := func(s string) *target.Config {
 		return &target.Config{Targets: []target.Target{{Auth: target.Auth{Accounts: []target.Account{{Name: "a", Secret: target.Secret(s)}}}}}}
 	}
-	if secretsOf(mk("1")) == secretsOf(mk("2")) || secretsOf(mk("1")) != secretsOf(mk("1")) || strings.Contains(secretsOf(mk("hunter2hunter2")), "hunter2") {
+	one, same := secretsOf(mk("1")), secretsOf(mk("1"))
+	if one == secretsOf(mk("2")) || one != same || strings.Contains(secretsOf(mk("hunter2hunter2")), "hunter2") {
 		t.Fatal("secrets are not compared")
 	}
 }

@@ -103,6 +103,15 @@ func TestBad(t *testing.T) {
 		[]string{"of the passing"})
 }
 
+func TestProofsOfPassingTestsAreShown(t *testing.T) {
+	t.Parallel()
+	out, status := runGo(t, false, map[string]string{"a/a_test.go": `package a
+import "testing"
+func TestA(t *testing.T) { t.Log("PROOF 3 of 3"); t.Log("noise") }
+`})
+	check(t, out, status, 0, "1 passed, 0 failed, 0 skipped", []string{"proof TestA: 3 of 3"}, []string{"noise"})
+}
+
 func TestBuildFailure(t *testing.T) {
 	t.Parallel()
 	out, status := runGo(t, false, map[string]string{

@@ -147,6 +147,10 @@ func (s *summary) add(ev event) {
 		p.running[ev.Test] = true
 	case "output":
 		p.out = append(p.out, line{ev.Test, ev.Output})
+		// A figure that a test wants to be read, also when it passes.
+		if _, text, ok := strings.Cut(ev.Output, ": PROOF "); ok {
+			s.printf("proof %s: %s\n", ev.Test, strings.TrimSpace(text))
+		}
 	case "pass":
 		delete(p.running, ev.Test)
 		s.time(ev)
