@@ -2,6 +2,7 @@ package verbs
 
 import (
 	"context"
+	"net/url"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -34,7 +35,24 @@ func (a *app) sessionCmd() *cobra.Command {
 		}
 		return printList(a, l, v)
 	})
-	return a.group(&cobra.Command{Use: "session", Short: "iSCSI sessions"}, alias(list, "ls"))
+	kill := a.verb("kill NODE TSIH", "end a session; its initiator may log in again", func(ctx context.Context, args []string) error {
+		if n, err := strconv.ParseUint(args[1], 10, 16); err != nil || n == 0 {
+			return usagef("clusteradm session list -o wide", "session kill: %q is no TSIH: 1 to 65535", args[1])
+		}
+		if err := a.confirm(ctx, "end session "+args[1]+" on "+args[0]+", whose commands are aborted"); err != nil {
+			return err
+		}
+		d, err := a.delete(ctx, api.PathSessions+"/"+url.PathEscape(args[0])+"/"+args[1])
+		if err != nil {
+			return err
+		}
+		return a.printDone(d, "session "+args[1]+" on "+args[0]+" is ended")
+	})
+	kill.Long = `End a session; "session list -o wide" shows its TSIH. Its commands are aborted. An
+initiator logs in again by itself: to keep it out, take it off the target's list
+first (clusteradm acl remove).`
+	kill.ValidArgsFunction = complete(a, api.PathNodes, func(n api.Node) string { return n.Name })
+	return a.group(&cobra.Command{Use: "session", Short: "iSCSI sessions"}, alias(list, "ls"), kill)
 }
 
 func clamp(n uint64) int64 { return int64(min(n, 1<<63-1)) }

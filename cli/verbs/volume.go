@@ -72,7 +72,10 @@ func (a *app) volumeCmd() *cobra.Command {
 		volumes = complete(a, api.PathVolumes, func(v api.Volume) string { return v.Name })
 	)
 	create := a.verb("create NAME", "make a volume", func(ctx context.Context, args []string) error {
-		if sz == 0 {
+		switch {
+		case req.Store != "" && sz != 0:
+			return usagef("", "volume create: --size and --store: the size is the store's")
+		case sz == 0 && req.Store == "":
 			return usagef("clusteradm volume create "+args[0]+" --size 1GiB", "volume create: --size is missing")
 		}
 		if err := checkBlockSize("volume create", req.BlockSize); err != nil {
@@ -88,12 +91,13 @@ func (a *app) volumeCmd() *cobra.Command {
 		}
 		return printOne(a, v, volumeView())
 	})
-	create.Long = "Make a volume: bytes without a LUN number. \"clusteradm lun create\" makes volume and\nLUN in one step.\n\nSizes: " + size.Help + "."
+	create.Long = "Make a volume: bytes without a LUN number. \"clusteradm lun create\" makes volume and\nLUN in one step.\n\nSizes: " + size.Help + ".\n\nWith --store it lies on a file or device that exists, and which stays when the\nvolume is deleted."
 	f := create.Flags()
 	f.Var(&sz, "size", size.Help)
 	f.IntVar(&req.BlockSize, "block-size", 512, "logical block in bytes: 512 or 4096")
 	f.IntVar(&req.Replicas, "replicas", 1, "copies on different nodes")
 	f.StringVar(&req.Node, "node", "", "node of the first copy (default: chosen)")
+	f.StringVar(&req.Store, "store", "", "put it on an existing file:/path or block:/dev/x of the node (default: this one)")
 	f.BoolVar(&req.IfNotExists, "if-not-exists", false, "succeed if the same volume is there already")
 	a.completeNodes(create, "node")
 
