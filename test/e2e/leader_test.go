@@ -68,7 +68,7 @@ func TestLeaderKilledUnderLoad(t *testing.T) {
 				time.Sleep(300 * time.Millisecond) // some load under this leader
 				lead.KillControl()
 				killed := time.Now()
-				var other *cluster.Node
+				var other, young *cluster.Node
 				for _, n := range c.Nodes {
 					if n != lead {
 						other = n
@@ -80,9 +80,10 @@ func TestLeaderKilledUnderLoad(t *testing.T) {
 					if err != nil {
 						return false, err.Error()
 					}
-					return s.Quorate && s.Leader != lead.Name && s.Leader != "", fmt.Sprintf("%+v", s)
+					young = c.Node(s.Leader)
+					return s.Quorate && young != nil && young != lead, fmt.Sprintf("%+v", s)
 				})
-				times = append(times, time.Since(killed))
+				times = append(times, ledAt(t, young).Sub(killed))
 				lead.Start()
 				missing(t, c, loads, i)
 			}
@@ -102,6 +103,27 @@ func TestLeaderKilledUnderLoad(t *testing.T) {
 			}
 		})
 	}
+}
+
+// ledAt is when the node began to lead: its barrier was committed, so that it
+// could act. The clock is the one of this machine.
+func ledAt(t *testing.T, n *cluster.Node) time.Time {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var at time.Time
+	if err := n.API().RecentEvents(ctx, func(e api.Event) error {
+		if e.Kind == "leader" {
+			at = e.Time
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if at.IsZero() {
+		t.Fatalf("%s leads and has no event that says so", n.Name)
+	}
+	return at
 }
 
 // missing fails the test for every acknowledged volume that is not there. It
