@@ -83,7 +83,7 @@ func TestLeaderKilledUnderLoad(t *testing.T) {
 					young = c.Node(s.Leader)
 					return s.Quorate && young != nil && young != lead, fmt.Sprintf("%+v", s)
 				})
-				times = append(times, ledAt(t, young).Sub(killed))
+				times = append(times, ledAt(t, c, young, killed).Sub(killed))
 				lead.Start()
 				missing(t, c, loads, i)
 			}
@@ -105,24 +105,22 @@ func TestLeaderKilledUnderLoad(t *testing.T) {
 	}
 }
 
-// ledAt is when the node began to lead: its barrier was committed, so that it
-// could act. The clock is the one of this machine.
-func ledAt(t *testing.T, n *cluster.Node) time.Time {
+// ledAt is when the node began to lead after the kill: its barrier was committed,
+// so that it could act. The clock is the one of this machine.
+func ledAt(t *testing.T, c *cluster.Cluster, n *cluster.Node, killed time.Time) time.Time {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
 	var at time.Time
-	if err := n.API().RecentEvents(ctx, func(e api.Event) error {
-		if e.Kind == "leader" {
-			at = e.Time
-		}
-		return nil
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if at.IsZero() {
-		t.Fatalf("%s leads and has no event that says so", n.Name)
-	}
+	c.Wait("the new leader says since when", 30*time.Second, func() (bool, string) {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		err := n.API().RecentEvents(ctx, func(e api.Event) error {
+			if e.Kind == "leader" && e.Time.After(killed) {
+				at = e.Time
+			}
+			return nil
+		})
+		return !at.IsZero(), fmt.Sprint(err)
+	})
 	return at
 }
 
