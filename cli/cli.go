@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"github.com/blockhouse-san/blockhouse/cli/gfs"
+	"github.com/blockhouse-san/blockhouse/cli/tgt"
 	"github.com/blockhouse-san/blockhouse/cli/verbs"
 )
 
@@ -42,6 +43,13 @@ func allFaces() []verbs.Face {
 	l := []verbs.Face{
 		{Name: "fence_ack_manual", Of: "clusteradm", Short: "cman's: tell the cluster that you have reset a lost node", Main: fenceAck},
 		{Name: "fence_manual", Of: "clusteradm", Short: "the same, by the name of the agent", Main: fenceAck},
+	}
+	for _, f := range tgt.Faces() {
+		l = append(l, verbs.Face{Name: f.Name, Of: "clusteradm", Short: f.Short, Main: func(_ string, args []string, _ io.Reader, stdout, stderr io.Writer) int {
+			ctx, stop := signals()
+			defer stop()
+			return f.Main(ctx, args, tgt.IO{Out: stdout, Err: stderr})
+		}})
 	}
 	for _, f := range gfs.Faces() {
 		l = append(l, verbs.Face{Name: f.Name, Of: f.Of, Short: f.Short, Main: gfs.Main})

@@ -19,6 +19,7 @@ func TestMainPicksTheFace(t *testing.T) {
 		{"/usr/bin/clusteradm", []string{"status"}, 8, "clusteradm: connect to clusterd at /nonexistent/sock"},
 		{"clusteradm-1.2", []string{"status"}, 8, "clusteradm: "},
 		{"/x/fence_ack_manual", []string{"-n", "n1"}, 8, "fence_ack_manual: connect to clusterd at /nonexistent/sock"},
+		{"tgtadm", []string{"--op", "show", "--mode", "target"}, 107, "tgtadm: failed to send request hdr to tgt daemon, Transport endpoint is not connected"},
 		{"fence_manual", nil, 1, "fence_manual: missing NODE"},
 		{"clusteradm", []string{"compat", "fence_manual"}, 1, "fence_manual: missing NODE"},
 	} {
@@ -38,7 +39,7 @@ func TestFaces(t *testing.T) {
 		}
 		seen[f.Name] = true
 	}
-	for _, n := range []string{"fence_ack_manual", "fence_manual", "mkfs-gfs", "gfs_mkfs", "mkfs.gfs2", "gfs2_mkfs"} {
+	for _, n := range []string{"tgtadm", "fence_ack_manual", "fence_manual", "mkfs-gfs", "gfs_mkfs", "mkfs.gfs2", "gfs2_mkfs"} {
 		if !seen[n] {
 			t.Errorf("no face %s", n)
 		}

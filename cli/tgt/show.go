@@ -1,0 +1,280 @@
+package tgt
+
+import (
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/blockhouse-san/blockhouse/api"
+)
+
+func yes(b bool) string {
+	if b {
+		return "Yes"
+	}
+	return "No"
+}
+
+func scsiID(l *api.LUN) string { return strings.TrimPrefix(l.WWID, "3") }
+
+func scsiSN(v *api.Volume) string {
+	if v == nil {
+		return ""
+	}
+	return strings.ReplaceAll(v.UUID, "-", "")
+}
+
+func thin(v *api.Volume) bool { return v != nil && !strings.HasPrefix(v.Store, "block:") }
+
+// backing is what -b must be to get the same LUN again.
+func backing(v *api.Volume, name string) string {
+	if v != nil {
+		if _, p, ok := strings.Cut(v.Store, ":"); ok {
+			return p
+		}
+	}
+	return "volume:" + name
+}
+
+func (s *session) targetShow(r *request) error {
+	if r.tid >= 0 {
+		t, err := s.target(r.tid)
+		if err != nil {
+			return err
+		}
+		for _, p := range api.TargetParams {
+			v, ok := t.Params[p.Name]
+			if !ok {
+				v = p.Default
+			}
+			s.printf("%s=%s\n", p.Name, v)
+		}
+		return nil
+	}
+	all, err := s.sessions("")
+	if err != nil {
+		return err
+	}
+	for i := range s.st.Targets {
+		t := &s.st.Targets[i]
+		var mine []api.Session
+		for _, x := range all {
+			if x.Target == t.IQN {
+				mine = append(mine, x)
+			}
+		}
+		s.showTarget(t, mine)
+	}
+	return nil
+}
+
+func (s *session) showTarget(t *api.Target, sess []api.Session) {
+	state := "ready"
+	if t.Offline {
+		state = "offline"
+	}
+	s.printf("Target %d: %s\n    System information:\n        Driver: iscsi\n        State: %s\n", t.TID, t.IQN, state)
+	if n := t.Params["nop_interval"]; n != "" && n != "0" {
+		c := t.Params["nop_count"]
+		if c == "" {
+			c = "0"
+		}
+		s.printf("        Nop interval: %s\n        Nop count: %s\n", n, c)
+	}
+	s.printf("    I_T nexus information:\n")
+	for _, x := range sess {
+		s.printf("        I_T nexus: %d\n            Initiator: %s alias: \n            Connection: 0\n                IP Address: %s\n", s.sid(&x), x.Initiator, host(x.Address))
+	}
+	s.printf("    LUN information:\n")
+	if findLUN(t, 0) == nil {
+		s.printf("        LUN: 0\n            Type: controller\n            SCSI ID: IET     %04x0000\n            SCSI SN: beaf%d0\n", t.TID, t.TID)
+		s.printf("            Size: 0 MB, Block size: 1\n            Online: Yes\n            Removable media: No\n            Prevent removal: No\n            Readonly: No\n            SWP: No\n            Thin-provisioning: No\n")
+		s.printf("            Backing store type: null\n            Backing store path: None\n            Backing store flags: \n")
+	}
+	luns := slices.Clone(t.LUNs)
+	slices.SortFunc(luns, func(a, b api.LUN) int { return a.LUN - b.LUN })
+	for _, l := range luns {
+		v := s.volume(l.Volume)
+		size, block := int64(0), 512
+		if v != nil {
+			size, block = v.Size, v.BlockSize
+		}
+		s.printf("        LUN: %d\n            Type: disk\n            SCSI ID: %s\n            SCSI SN: %s\n", l.LUN, scsiID(&l), scsiSN(v))
+		s.printf("            Size: %d MB, Block size: %d\n            Online: %s\n", size/1000/1000, block, yes(l.State == api.HealthOK || l.State == api.HealthDegraded))
+		s.printf("            Removable media: %s\n            Prevent removal: No\n            Readonly: %s\n            SWP: No\n            Thin-provisioning: %s\n", yes(l.Removable), yes(l.ReadOnly), yes(thin(v)))
+		s.printf("            Backing store type: rdwr\n            Backing store path: %s\n            Backing store flags: \n", backing(v, l.Volume))
+	}
+	s.printf("    Account information:\n")
+	for _, n := range t.Incoming {
+		s.printf("        %s\n", n)
+	}
+	if t.Outgoing != "" {
+		s.printf("        %s (outgoing)\n", t.Outgoing)
+	}
+	s.printf("    ACL information:\n")
+	for _, a := range rules(&t.ACL) {
+		s.printf("        %s\n", a)
+	}
+}
+
+// rules are the entries of an access list in tgtadm's words: addresses, then
+// names.
+func rules(l *api.ACL) []string {
+	addrs, names := split(l)
+	return append(addrs, names...)
+}
+
+func split(l *api.ACL) (addrs, names []string) {
+	all := l.Open || slices.Contains(l.Addresses, everywhere[0]) && slices.Contains(l.Addresses, everywhere[1])
+	for _, a := range l.Addresses {
+		if all && slices.Contains(everywhere, a) {
+			continue
+		}
+		// A single address was given without a length.
+		a = strings.TrimSuffix(a, "/32")
+		if strings.Contains(a, ":") {
+			a = strings.TrimSuffix(a, "/128")
+		}
+		addrs = append(addrs, a)
+	}
+	if all {
+		addrs = append(addrs, "ALL")
+	}
+	return addrs, slices.Clone(l.Initiators)
+}
+
+func host(addr string) string {
+	if h, _, err := net.SplitHostPort(addr); err == nil {
+		return h
+	}
+	return addr
+}
+
+func (s *session) accounts() ([]api.Account, error) {
+	l, err := api.Get[api.List[api.Account]](s.ctx, s.cl, api.PathAccounts)
+	return l.Items, refusal(err, nil)
+}
+
+func (s *session) accountShow(*request) error {
+	as, err := s.accounts()
+	if err != nil {
+		return err
+	}
+	s.printf("Account list:\n")
+	for _, a := range as {
+		s.printf("    %s\n", a.Name)
+	}
+	return nil
+}
+
+func (s *session) systemShow(*request) error {
+	as, err := s.accounts()
+	if err != nil {
+		return err
+	}
+	s.printf("System:\n    State: ready\n    debug: off\nLLDs:\n    iscsi: ready\nBacking stores:\n    rdwr (bsoflags direct)\nDevice types:\n    disk\n")
+	head := false
+	for _, a := range as {
+		for _, b := range a.Bindings {
+			if b.Target != "discovery" {
+				continue
+			}
+			if !head {
+				s.printf("    Account information:\n")
+				head = true
+			}
+			if b.Direction == "outgoing" {
+				s.printf("        %s (outgoing)\n", a.Name)
+			} else {
+				s.printf("        %s\n", a.Name)
+			}
+		}
+	}
+	s.printf("iSNS:\n    iSNS=Off\n    iSNSServerIP=\n    iSNSServerPort=3205\n    iSNSAccessControl=Off\n")
+	return nil
+}
+
+func (s *session) portalShow(*request) error {
+	nodes := slices.Clone(s.st.Nodes)
+	slices.SortFunc(nodes, func(a, b api.Node) int { return b.Index - a.Index })
+	for _, n := range nodes {
+		if n.State != api.NodeOnline || !slices.Contains(n.Roles, "storage") {
+			continue
+		}
+		for _, p := range n.Portals {
+			s.printf("Portal: %s,%d\n", p, n.Index)
+		}
+	}
+	return nil
+}
+
+func (s *session) lldShow(*request) error {
+	s.printf("LLDs:\n    iscsi: ready\n")
+	for _, t := range s.st.Targets {
+		s.printf("        Target %d: %s\n", t.TID, t.IQN)
+	}
+	return nil
+}
+
+func (s *session) connShow(r *request) error {
+	t, err := s.target(r.tid)
+	if err != nil {
+		return err
+	}
+	l, err := s.sessions(t.IQN)
+	if err != nil {
+		return err
+	}
+	for _, x := range l {
+		s.printf("Session: %d\n    Connection: 0\n        Initiator: %s\n        IP Address: %s\n", s.sid(&x), x.Initiator, host(x.Address))
+	}
+	return nil
+}
+
+func (s *session) sessionShow(*request) error {
+	return invalid("tgtadm never showed sessions: use --mode conn --op show --tid N, or clusteradm session list")
+}
+
+// stat prints the header and, of what is not counted in tgtd's units, a dash.
+func (s *session) stat(r *request) error {
+	iqn := ""
+	if r.tid >= 0 {
+		t, err := s.target(r.tid)
+		if err != nil {
+			return err
+		}
+		if r.mode == "logicalunit" && r.lun != 0 && findLUN(t, r.lun) == nil {
+			return fail("can't find the logical unit")
+		}
+		iqn = t.IQN
+	}
+	l, err := s.sessions(iqn)
+	if err != nil {
+		return err
+	}
+	s.printf("tgt lun sid rd_subm(bytes,cmds) rd_done(bytes,cmds) wr_subm(bytes,cmds) wr_done(bytes,cmds) errs\n")
+	for _, x := range l {
+		for _, t := range s.st.Targets {
+			if t.IQN == x.Target && r.mode != "logicalunit" && (r.mode != "session" || s.sid(&x) == r.sid) {
+				s.printf("%3d   - %3d -,- %d,- -,- %d,- -\n", t.TID, s.sid(&x), x.ReadBytes, x.WriteBytes)
+			}
+		}
+	}
+	return nil
+}
+
+func (s *session) connStat(r *request) error {
+	t, err := s.target(r.tid)
+	if err != nil {
+		return err
+	}
+	l, err := s.sessions(t.IQN)
+	if err != nil {
+		return err
+	}
+	s.printf("sid cid rxdata_octets txdata_octets dataout_pdus datain_pdus cmd_pdus rsp_pdus\n")
+	for _, x := range l {
+		s.printf("%3d   0 %d %d - - %d -\n", s.sid(&x), x.WriteBytes, x.ReadBytes, x.Commands)
+	}
+	return nil
+}
