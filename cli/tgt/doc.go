@@ -181,5 +181,6 @@ type Face struct {
 func Faces() []Face {
 	return []Face{
 		{"tgtadm", "tgt's: targets, LUNs, accounts by number", Tgtadm},
+		{"tgt-admin", "tgt's: make what targets.conf says, and print it", TgtAdmin},
 	}
 }
