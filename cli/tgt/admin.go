@@ -170,7 +170,7 @@ func (a *admin) execute(p *plan) error {
 			continue
 		}
 		var out bytes.Buffer
-		if code := Tgtadm(a.ctx, args, IO{Out: &out, Err: a.Err, Socket: a.Socket}); code != 0 {
+		if code := Tgtadm(a.ctx, args, IO{Out: &out, Err: a.Err, Socket: a.Socket, zero: a.zero}); code != 0 {
 			fmt.Fprintf(a.Err, "Command:\n\t%s\nexited with code: %d.\n", hide(args), code)
 			if !a.ignore {
 				return exit(code)
@@ -180,8 +180,8 @@ func (a *admin) execute(p *plan) error {
 	return nil
 }
 
-// TgtAdmin runs tgt-admin and gives its exit code.
-func TgtAdmin(ctx context.Context, args []string, o IO) int {
+// Admin runs tgt-admin and gives its exit code.
+func Admin(ctx context.Context, args []string, o IO) int {
 	ctx, cancel := context.WithTimeout(ctx, 10*timeout)
 	defer cancel()
 	a := &admin{session: newSession(ctx, "tgt-admin", o), confFile: defaultConf}

@@ -26,6 +26,7 @@ import (
 type IO struct {
 	Out, Err io.Writer
 	Socket   string // of clusterd; empty: $BLOCKHOUSE_SOCKET or the package's
+	zero     bool   // LUN 0 may be a disk: ietadm's; tgtadm has its controller there
 }
 
 // Exit codes of tgtadm.
@@ -181,6 +182,7 @@ type Face struct {
 func Faces() []Face {
 	return []Face{
 		{"tgtadm", "tgt's: targets, LUNs, accounts by number", Tgtadm},
-		{"tgt-admin", "tgt's: make what targets.conf says, and print it", TgtAdmin},
+		{"tgt-admin", "tgt's: make what targets.conf says, and print it", Admin},
+		{"ietadm", "iscsitarget's: the same by its words, and ietd.conf", Ietadm},
 	}
 }

@@ -150,7 +150,7 @@ func (s *session) targetUpdate(r *request) error {
 
 // lunNew maps a file, a device or a volume.
 func (s *session) lunNew(r *request) error {
-	if r.lun == 0 {
+	if r.lun == 0 && !s.zero {
 		if _, err := s.target(r.tid); err != nil {
 			return err
 		}
@@ -338,7 +338,6 @@ func (s *session) lunUpdate(r *request) error {
 			return invalid("%s=%s: what initiators know a LUN by is frozen when its volume is made, so that it is the same on every node; it is %q", k, v, have)
 		}
 		var b bool
-		err = nil
 		switch k {
 		case "readonly":
 			b, err = boolean(k, v)
