@@ -155,7 +155,8 @@ type Target struct {
 	Offline  bool              `json:"offline,omitempty" yaml:"offline,omitempty"` // takes no login
 }
 
-// TargetSet changes a target. An empty value takes a parameter back to its
+// TargetSet changes a target. Params are recorded and not obeyed yet: the target
+// has one set of limits for all. An empty value takes a parameter back to its
 // default. The names are those of RFC 7143 section 13 and tgtadm's nop_interval,
 // nop_count and MaxQueueCmd.
 type TargetSet struct {
