@@ -1,28 +1,36 @@
 package target
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"net"
+	"os"
+	osexec "os/exec"
+	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/blockhouse-san/blockhouse/internal/testproc"
 	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/scsi"
 )
 
-// TestAdversary is facts/iscsi.md §5: one connection a case, then the answer,
-// then a sane login and a command as health check, and the medium unchanged
-// unless the case is a legal write. Goroutines and heap are back afterwards.
-func TestAdversary(t *testing.T) {
-	l := lunOf(t, 0)
-	b := newBench(t, Options{LoginTimeout: 500 * time.Millisecond}, l)
-	health := b.ready(loginOpt{name: "iqn.2026-01.net.host:health"})
-	runtime.GC()
-	goroutines := runtime.NumGoroutine()
+// attack is one connection that misbehaves.
+type attack struct {
+	name  string
+	login []iscsi.Pair
+	full  bool // it logs in first
+	send  func(*client)
+	want  func(*client)
+}
 
+// attacks are those of facts/iscsi.md §5, with what RFC 7143 has as the answer.
+func attacks() []attack {
 	// What a case may expect.
 	closed := func(c *client) { c.t.Helper(); c.gone() }
 	status := func(want iscsi.LoginStatus) func(*client) {
@@ -58,6 +66,17 @@ func TestAdversary(t *testing.T) {
 			r.want(c.t, "answer", scsi.StatusCheckCondition, key, code)
 			if len(r.data) > 0 {
 				c.t.Errorf("%d bytes came with it", len(r.data))
+			}
+		}
+	}
+	// refusedKey: the login fails, or goes on with the key answered by Reject.
+	refusedKey := func(key string) func(*client) {
+		return func(c *client) {
+			c.t.Helper()
+			var r iscsi.LoginResponse
+			d := c.must(&r)
+			if r.Status != iscsi.StatusInitiatorError && !bytes.Contains(d, []byte(key+"=Reject\x00")) {
+				c.t.Errorf("%s, %q", r.Status, d)
 			}
 		}
 	}
@@ -100,13 +119,7 @@ func TestAdversary(t *testing.T) {
 		return p, r
 	}
 
-	for _, x := range []struct {
-		name  string
-		login []iscsi.Pair // nil and !full: before login
-		full  bool
-		send  func(*client)
-		want  func(*client)
-	}{
+	return []attack{
 		{name: "garbage first", send: func(c *client) { _, _ = c.nc.Write(bytes.Repeat([]byte{0x5A, 0xC3, 0x11}, 1400)) }, want: closed},
 		{name: "command before login", send: func(c *client) { _ = c.trySend(c.command(0, scsi.TestUnitReady(), nil, 0)) }, want: closed},
 		{name: "login of 16 MB", send: func(c *client) { raw(c, hdr(&iscsi.LoginRequest{ITT: 1, CSG: 1}, 1<<24-1), evil) }, want: closed},
@@ -124,12 +137,12 @@ func TestAdversary(t *testing.T) {
 				}
 				if b, _, err := c.recv(); err != nil || b[36] != 0 {
 					if err != nil {
-						t.Errorf("request %d: %v", i, err)
+						c.t.Errorf("request %d: %v", i, err)
 					}
 					return
 				}
 			}
-			t.Error("300 requests were taken")
+			c.t.Error("300 requests were taken")
 		}, want: closed},
 		{name: "name twice", send: login(nil, who+me), want: status(iscsi.StatusInitiatorError)},
 		{name: "no InitiatorName", send: login(nil, "TargetName="+testIQN+"\x00"), want: status(iscsi.StatusMissingParameter)},
@@ -260,7 +273,7 @@ func TestAdversary(t *testing.T) {
 			var r iscsi.R2T
 			c.must(&r)
 			if r.Length != 512 {
-				t.Errorf("R2T of %d bytes", r.Length)
+				c.t.Errorf("R2T of %d bytes", r.Length)
 			}
 			c.send(&iscsi.DataOut{Final: true, ITT: p.ITT, TTT: r.TTT, Offset: 1 << 31}, evil[:512])
 		}, want: check(scsi.AbortedCommand, scsi.ASCDataOffset)},
@@ -332,26 +345,118 @@ func TestAdversary(t *testing.T) {
 				c.must(&r)
 			}
 		}, want: rejected(iscsi.RejectTooManyImmediate)},
-	} {
-		t.Run(x.name, func(t *testing.T) {
-			c := dial(t, b.addr())
-			c.limit = 5 * time.Second
-			if x.full {
-				if st := c.tryLogin(loginOpt{name: "iqn.2026-01.net.host:x", keys: x.login}); st != iscsi.StatusSuccess {
-					t.Fatal(st)
+
+		{name: "data after ABORT TASK", full: true, login: solicited, send: func(c *client) {
+			p, r := ask(c, 2)
+			c.tmf(iscsi.FuncAbortTask, 0, p.ITT, p.CmdSN)
+			var m iscsi.TaskMgmtResponse
+			c.must(&m)
+			if m.Response != iscsi.TaskComplete {
+				c.t.Errorf("abort: %s", m.Response)
+			}
+			c.send(&iscsi.DataOut{Final: true, ITT: p.ITT, TTT: r.TTT}, evil[:1024])
+		}, want: func(c *client) {
+			c.do(0, scsi.TestUnitReady(), nil, 0).want(c.t, "afterwards", scsi.StatusGood, 0, 0)
+		}},
+		{name: "extended CDB of length 0", full: true, send: func(c *client) {
+			h := hdr(c.command(0, scsi.TestUnitReady(), nil, 0), 0)
+			h.SetAHSLen(4)
+			raw(c, h, []byte{0, 0, 1, 0})
+		}, want: rejected(iscsi.RejectInvalidField)},
+		{name: "extended CDB of length 65535", full: true, send: func(c *client) {
+			h := hdr(c.command(0, scsi.TestUnitReady(), nil, 0), 0)
+			h.SetAHSLen(1020)
+			a := make([]byte, 1020)
+			a[0], a[1], a[2] = 0xFF, 0xFF, 1
+			raw(c, h, a)
+		}, want: rejected(iscsi.RejectInvalidField)},
+		{name: "INQUIRY with an EDTL of 0", full: true, send: func(c *client) { c.send(c.command(0, scsi.InquiryCDB(36), nil, 0)) }, want: func(c *client) {
+			r, err := c.finish(&iscsi.ScsiCommand{ITT: c.itt}, nil)
+			if err != nil || r.status != scsi.StatusGood || len(r.data) != 0 || !r.over || r.residual != 36 {
+				c.t.Errorf("%v %d bytes, over %v, residual %d, %v", r.status, len(r.data), r.over, r.residual, err)
+			}
+		}},
+		{name: "MaxRecvDataSegmentLength=0", send: login(nil, who+"MaxRecvDataSegmentLength=0\x00"), want: refusedKey("MaxRecvDataSegmentLength")},
+		{name: "MaxBurstLength=-1", send: login(nil, who+"MaxBurstLength=-1\x00"), want: refusedKey("MaxBurstLength")},
+		{name: "FirstBurstLength of 40 bits", send: login(nil, who+"FirstBurstLength=0xffffffffff\x00"), want: refusedKey("FirstBurstLength")},
+		{name: "login text in PDUs of one byte", want: func(c *client) {
+			for i := range len(who) {
+				c.send(&iscsi.LoginRequest{Continue: true, CSG: iscsi.StageOperational, ITT: 1}, []byte(who[i:i+1]))
+				var r iscsi.LoginResponse
+				if c.must(&r); r.Status != iscsi.StatusSuccess {
+					c.gone()
+					return
 				}
-				c.clearUA(0)
 			}
-			if x.send != nil {
-				x.send(c)
+			c.t.Errorf("%d PDUs were taken", len(who))
+		}},
+		{name: "whole LUN written and unmapped under aborts", full: true, send: func(c *client) {
+			var list []scsi.UnmapRange
+			for i := range uint64(4096) {
+				list = append(list, scsi.UnmapRange{LBA: i % 64, Blocks: 64})
 			}
-			x.want(c)
-			_ = c.nc.Close()
-			health.do(0, scsi.TestUnitReady(), nil, 0).want(t, "health", scsi.StatusGood, 0, 0)
-			p := make([]byte, 1<<20)
-			if err := l.Device.ReadAt(t.Context(), p, 0); err != nil || bytes.IndexByte(p, 0xEE) >= 0 {
-				t.Fatal("data of the attack reached the medium", err)
+			u := scsi.UnmapList(list)
+			for i := range 64 {
+				p := c.command(0, scsi.WriteSame(0, 0, i%2 == 0, false), make([]byte, 512), 0)
+				_ = c.trySend(p, make([]byte, 512))
+				c.tmf(iscsi.FuncAbortTask, 0, p.ITT, p.CmdSN)
+				q := c.command(0, scsi.UnmapCDB(0xFFFF), u[:min(len(u), 4096)], 0)
+				_ = c.trySend(q, u[:min(len(u), 4096)])
+				c.tmf(iscsi.FuncAbortTaskSet, 0, iscsi.ReservedTag, 0)
+				for n := 0; n < 2; { // the answers to the two requests; those of commands that were quicker are between
+					bh, _, err := c.recv()
+					if err != nil {
+						c.t.Fatal(err)
+					}
+					if bh.Opcode() == iscsi.OpTaskMgmtResp {
+						n++
+					}
+				}
 			}
+		}, want: func(c *client) {
+			c.do(0, scsi.TestUnitReady(), nil, 0).want(c.t, "afterwards", scsi.StatusGood, 0, 0)
+		}},
+	}
+}
+
+// run makes the attack on a portal.
+func (x *attack) run(t *testing.T, addr string) {
+	c := dial(t, addr)
+	c.limit = 5 * time.Second
+	if x.full {
+		if st := c.tryLogin(loginOpt{name: "iqn.2026-01.net.host:x", keys: x.login}); st != iscsi.StatusSuccess {
+			t.Fatal(st)
+		}
+		c.clearUA(0)
+	}
+	if x.send != nil {
+		x.send(c)
+	}
+	x.want(c)
+	_ = c.nc.Close()
+}
+
+// untouched is the health check behind an attack: another session has answers,
+// and no byte of an attack reached the medium.
+func untouched(t *testing.T, health *client) {
+	t.Helper()
+	health.do(0, scsi.TestUnitReady(), nil, 0).want(t, "health", scsi.StatusGood, 0, 0)
+	if r := health.do(0, scsi.Read(0, 2048), nil, 1<<20); len(r.data) != 1<<20 || bytes.IndexByte(r.data, 0xEE) >= 0 {
+		t.Fatal("data of the attack reached the medium")
+	}
+}
+
+// TestAdversary: each attack gets the right answer and harms nobody. Goroutines
+// and accounted memory are back afterwards.
+func TestAdversary(t *testing.T) {
+	b := newBench(t, Options{LoginTimeout: 500 * time.Millisecond}, lunOf(t, 0))
+	health := b.ready(loginOpt{name: "iqn.2026-01.net.host:health"})
+	runtime.GC()
+	goroutines := runtime.NumGoroutine()
+	for _, x := range attacks() {
+		t.Run(x.name, func(t *testing.T) {
+			x.run(t, b.addr())
+			untouched(t, health)
 		})
 	}
 	waitFor(t, func() bool { return len(b.srv.Sessions()) == 1 && runtime.NumGoroutine() <= goroutines })
@@ -360,12 +465,152 @@ func TestAdversary(t *testing.T) {
 	}
 }
 
+// TestAdversaryServer is the victim of TestAdversaryLeaksNothing in a process of
+// its own: at each line of its input it says what it holds.
+func TestAdversaryServer(t *testing.T) {
+	if os.Getenv("BLOCKHOUSE_VICTIM") == "" {
+		t.Skip("helper of TestAdversaryLeaksNothing")
+	}
+	l := lunOf(t, 0)
+	b := newBench(t, Options{LoginTimeout: 500 * time.Millisecond}, l)
+	fmt.Println("portal", b.addr())
+	for in := bufio.NewScanner(os.Stdin); in.Scan(); {
+		waitFor(t, func() bool { return len(b.srv.Sessions()) == 0 })
+		time.Sleep(100 * time.Millisecond) // goroutines that have said their last word
+		// The medium lies in this process's memory: an aborted UNMAP must not count.
+		if err := l.Device.WriteAt(t.Context(), bytes.Repeat([]byte{1}, 1<<20), 0, 0); err != nil {
+			t.Fatal(err)
+		}
+		debug.FreeOSMemory()
+		st, err := os.ReadFile("/proc/self/status")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, rss, _ := strings.Cut(string(st), "VmRSS:")
+		fmt.Println("held", runtime.NumGoroutine(), strings.Fields(rss)[0])
+	}
+}
+
+// TestAdversaryLeaksNothing: rounds of all attacks on a server in a process of its
+// own, built without the race detector: its resident memory does not grow by 1 MiB
+// and its goroutines are those of before.
+func TestAdversaryLeaksNothing(t *testing.T) {
+	t.Parallel()
+	bin := filepath.Join(t.TempDir(), "victim")
+	if out, err := osexec.Command("go", "test", "-c", "-o", bin, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = w.Close() })
+	p := testproc.Start(t, testproc.Spec{Name: "victim", Args: []string{bin, "-test.run=^TestAdversaryServer$"}, Env: []string{"BLOCKHOUSE_VICTIM=1"}, Stdin: r})
+	_ = r.Close()
+	addr := p.MustWaitFor(t, `portal (\S+)`, 20*time.Second)[1]
+	held := func() (goroutines, kib int) {
+		t.Helper()
+		seen := strings.Count(p.Output(), "held ")
+		if _, err := fmt.Fprintln(w); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, func() bool { return strings.Count(p.Output(), "held ") > seen })
+		out := p.Output()
+		if _, err := fmt.Sscanf(out[strings.LastIndex(out, "held "):], "held %d %d", &goroutines, &kib); err != nil {
+			t.Fatal(err)
+		}
+		return goroutines, kib
+	}
+	round := func() {
+		for _, x := range attacks() {
+			x.run(t, addr)
+		}
+	}
+	round() // pools and free lists have their size
+	round()
+	g0, kib0 := held()
+	for range testproc.Count(t, 2) {
+		round()
+	}
+	g, kib := held()
+	t.Logf("PROOF %d attacks a round: resident memory %d KiB, then %d KiB; goroutines %d, then %d", len(attacks()), kib0, kib, g0, g)
+	if kib-kib0 >= 1024 || g > g0 {
+		t.Errorf("resident memory went from %d to %d KiB, goroutines from %d to %d", kib0, kib, g0, g)
+	}
+}
+
+// TestSlowLoris: one byte now and then neither holds a login nor a session.
+func TestSlowLoris(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Options{LoginTimeout: 300 * time.Millisecond, NopInterval: 100 * time.Millisecond, NopTimeout: 300 * time.Millisecond}, lunOf(t, 0))
+	drip := func(c *client, pdu []byte) {
+		for i := 0; ; i++ {
+			if _, err := c.nc.Write(pdu[i%len(pdu) : i%len(pdu)+1]); err != nil {
+				return
+			}
+			if i > 200 {
+				t.Error("10 s of single bytes were listened to")
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	}
+	var h iscsi.BHS
+	(&iscsi.LoginRequest{Transit: true, CSG: iscsi.StageOperational, NSG: iscsi.StageFull, ITT: 1}).Encode(&h)
+	h.SetDataLen(8192)
+	drip(dial(t, b.addr()), append(h[:], make([]byte, 8192)...))
+	c := b.ready(loginOpt{})
+	(&iscsi.NopOut{Immediate: true, ITT: 5, TTT: iscsi.ReservedTag, CmdSN: c.cmdSN, ExpStatSN: c.expSN}).Encode(&h)
+	h.SetDataLen(8192)
+	drip(c, append(h[:], make([]byte, 8192)...))
+	waitFor(t, func() bool { return len(b.srv.Sessions()) == 0 })
+}
+
+// TestKeySplit: a key=value pair may be cut anywhere by the C bit (RFC 7143 §6.1).
+func TestKeySplit(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Options{}, lunOf(t, 0))
+	text := []byte("InitiatorName=iqn.2026-01.net.host:x\x00TargetName=" + testIQN + "\x00MaxBurstLength=4096\x00")
+	for at := 1; at < len(text); at++ {
+		c := dial(t, b.addr())
+		c.send(&iscsi.LoginRequest{Continue: true, CSG: iscsi.StageOperational, ITT: 1}, text[:at])
+		var r iscsi.LoginResponse
+		if d := c.must(&r); r.Status != iscsi.StatusSuccess || r.Transit || len(d) != 0 {
+			t.Fatalf("cut at %d: %s, T %v, %q", at, r.Status, r.Transit, d)
+		}
+		c.send(&iscsi.LoginRequest{Transit: true, CSG: iscsi.StageOperational, NSG: iscsi.StageFull, ITT: 1}, text[at:])
+		if d := c.must(&r); r.Status != iscsi.StatusSuccess || !r.Transit || !bytes.Contains(d, []byte("MaxBurstLength=4096\x00")) {
+			t.Fatalf("cut at %d: %s, T %v, %q", at, r.Status, r.Transit, d)
+		}
+		_ = c.nc.Close()
+	}
+}
+
+// TestNexusCollision: an ISID belongs to the initiator that says it, and many
+// logins of one nexus leave one session.
+func TestNexusCollision(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Options{}, lunOf(t, 0))
+	isid := iscsi.ISID{0x80, 1, 2, 3, 4, 5}
+	other := b.ready(loginOpt{name: "iqn.2026-01.net.host:other", isid: isid})
+	goroutines := runtime.NumGoroutine()
+	var last *client
+	for range testproc.Count(t, 200) {
+		last = b.login(loginOpt{isid: isid})
+	}
+	last.clearUA(0)
+	other.do(0, scsi.TestUnitReady(), nil, 0).want(t, "the other initiator", scsi.StatusGood, 0, 0)
+	waitFor(t, func() bool { return len(b.srv.Sessions()) == 2 })
+	_ = last.nc.Close()
+	waitFor(t, func() bool { return len(b.srv.Sessions()) == 1 && runtime.NumGoroutine() <= goroutines })
+}
+
 // TestHalfOpen: connections that never log in are bounded and do not keep a good
 // one out for long.
 func TestHalfOpen(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, Options{LoginTimeout: 200 * time.Millisecond, MaxLogins: 16}, lunOf(t, 0))
-	for range 64 {
+	for range testproc.Count(t, 64) {
 		nc, err := net.Dial("tcp", b.addr())
 		if err != nil {
 			t.Fatal(err)
