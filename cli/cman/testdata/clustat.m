@@ -1,0 +1,3 @@
+ Member Name                             ID   Status
+ ------ ----                             ---- ------
+ n3                                          3 Online, Local
