@@ -14,6 +14,7 @@ import (
 	"slices"
 	"syscall"
 
+	"github.com/blockhouse-san/blockhouse/cli/cman"
 	"github.com/blockhouse-san/blockhouse/cli/gfs"
 	"github.com/blockhouse-san/blockhouse/cli/tgt"
 	"github.com/blockhouse-san/blockhouse/cli/verbs"
@@ -43,6 +44,9 @@ func allFaces() []verbs.Face {
 	l := []verbs.Face{
 		{Name: "fence_ack_manual", Of: "clusteradm", Short: "cman's: tell the cluster that you have reset a lost node", Main: fenceAck},
 		{Name: "fence_manual", Of: "clusteradm", Short: "the same, by the name of the agent", Main: fenceAck},
+	}
+	for _, f := range cman.Faces() {
+		l = append(l, verbs.Face{Name: f.Name, Of: "clusteradm", Short: f.Short, Main: cman.Main})
 	}
 	for _, f := range tgt.Faces() {
 		l = append(l, verbs.Face{Name: f.Name, Of: "clusteradm", Short: f.Short, Main: func(_ string, args []string, _ io.Reader, stdout, stderr io.Writer) int {

@@ -39,7 +39,7 @@ func TestFaces(t *testing.T) {
 		}
 		seen[f.Name] = true
 	}
-	for _, n := range []string{"tgtadm", "tgt-admin", "ietadm", "fence_ack_manual", "fence_manual", "mkfs-gfs", "gfs_mkfs", "mkfs.gfs2", "gfs2_mkfs"} {
+	for _, n := range []string{"tgtadm", "tgt-admin", "ietadm", "fence_ack_manual", "fence_manual", "cman_tool", "clustat", "fence_tool", "fence_node", "group_tool", "ccs_config_validate", "mkfs-gfs", "gfs_mkfs", "mkfs.gfs2", "gfs2_mkfs"} {
 		if !seen[n] {
 			t.Errorf("no face %s", n)
 		}
