@@ -1,8 +1,10 @@
-// Command fuzzall runs every fuzz target of the module, one after the other:
+// Command fuzzall runs every fuzz target of the module:
 //
-//	fuzzall [-fuzztime 10s] [-tags LIST] [-run REGEXP] [PACKAGE…]
+//	fuzzall [-fuzztime 10s] [-jobs N] [-tags LIST] [-run REGEXP] [PACKAGE…]
 //
-// The packages default to ./... ; -run picks targets by name. A target that
+// The packages default to ./... ; -run picks targets by name. N targets run at a
+// time (all processors), one worker each; what a target prints comes when it is
+// through, with -jobs 1 at once. A target that
 // finds a failing input is named at the end with the command that repeats it;
 // go test has then written the input to the package's testdata/fuzz, from where
 // it is a test of every later run (commit it with the repair).
@@ -20,8 +22,12 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 func main() {
@@ -37,6 +43,7 @@ func run(args []string, dir string, stdout, stderr io.Writer) int {
 	fs.SetOutput(stderr)
 	fuzztime := fs.String("fuzztime", "10s", "how long to run each target, or how often (100x)")
 	tags := fs.String("tags", "", "build tags")
+	jobs := fs.Int("jobs", runtime.NumCPU(), "how many targets run at a time")
 	pick := fs.String("run", "", "only targets that match `REGEXP`")
 	if err := fs.Parse(args); err != nil {
 		return 2
@@ -66,17 +73,44 @@ func run(args []string, dir string, stdout, stderr io.Writer) int {
 		return 1
 	}
 
-	var failed []target
+	var (
+		mu     sync.Mutex // guards stdout, stderr and failed
+		failed []target
+		group  errgroup.Group
+	)
+	group.SetLimit(max(1, *jobs))
 	for i, t := range targets {
-		_, _ = fmt.Fprintf(stdout, "[%d/%d] %s %s\n", i+1, len(targets), t.pkg, t.name)
-		start := time.Now()
-		c := exec.Command("go", "test", "-tags", *tags, "-run", "^$", "-fuzz", "^"+t.name+"$", "-fuzztime", *fuzztime, t.pkg)
-		c.Dir, c.Stdout, c.Stderr = dir, stdout, stderr
-		if err := c.Run(); err != nil {
-			failed = append(failed, t)
-		}
-		_, _ = fmt.Fprintf(stdout, "      %.1fs\n", time.Since(start).Seconds())
+		group.Go(func() error {
+			start := time.Now()
+			args := []string{"test", "-tags", *tags, "-run", "^$", "-fuzz", "^" + t.name + "$", "-fuzztime", *fuzztime}
+			if *jobs > 1 {
+				args = append(args, "-parallel", "1")
+			}
+			title := fmt.Sprintf("[%d/%d] %s %s\n", i+1, len(targets), t.pkg, t.name)
+			var live io.Writer = io.Discard
+			if *jobs <= 1 {
+				_, _ = io.WriteString(stdout, title)
+				live = stdout
+			}
+			said, err := fuzz(dir, live, append(args, t.pkg))
+			if err != nil && outOfTime(said) {
+				var again []byte
+				again, err = fuzz(dir, live, append(args, t.pkg))
+				said = append(append(said, "the time ran out inside an input; once more\n"...), again...)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if *jobs > 1 {
+				_, _ = fmt.Fprintf(stdout, "%s%s", title, said)
+			}
+			_, _ = fmt.Fprintf(stdout, "      %.1fs\n", time.Since(start).Seconds())
+			if err != nil {
+				failed = append(failed, t)
+			}
+			return nil
+		})
 	}
+	_ = group.Wait()
 	for _, t := range failed {
 		_, _ = fmt.Fprintf(stdout, "FAIL %s; repeat it: go test -run '^%s$' %s\n", t.name, t.name, t.pkg)
 	}
@@ -85,6 +119,24 @@ func run(args []string, dir string, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
+}
+
+// fuzz runs go test and returns what it printed, which also goes to live.
+func fuzz(dir string, live io.Writer, args []string) ([]byte, error) {
+	var said bytes.Buffer
+	c := exec.Command("go", args...)
+	c.Dir = dir
+	c.Stdout = io.MultiWriter(&said, live)
+	c.Stderr = c.Stdout
+	err := c.Run()
+	return said.Bytes(), err
+}
+
+// outOfTime tells that go test failed because -fuzztime ended while an input ran,
+// which it reports as a failure without one. A found input is
+// always named.
+func outOfTime(said []byte) bool {
+	return bytes.Contains(said, []byte("context deadline exceeded")) && !bytes.Contains(said, []byte("Failing input written to"))
 }
 
 // parseList reads what `go test -list` prints: the names of a package, one a

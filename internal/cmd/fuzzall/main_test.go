@@ -39,18 +39,20 @@ func FuzzAlsoFine(f *testing.F) { f.Fuzz(func(t *testing.T, n int) {}) }
 func TestRunsEveryTargetAndNamesTheFailed(t *testing.T) {
 	t.Parallel()
 	dir := module(t, map[string]string{"a/a_test.go": clean, "b/b_test.go": broken, "c/c.go": "package c\n"})
-	var out, errs bytes.Buffer
-	status := run([]string{"-fuzztime", "5x"}, dir, &out, &errs)
-	if status != 1 {
-		t.Errorf("exit status %d, want 1", status)
-	}
-	for _, want := range []string{
-		"[1/3] example.test/m/a FuzzFine\n",
-		"FAIL FuzzBroken; repeat it: go test -run '^FuzzBroken$' example.test/m/b\n",
-		"\n2 fuzz targets clean, 1 failed\n",
-	} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("output lacks %q:\n%s%s", want, out.String(), errs.String())
+	for _, jobs := range []string{"1", "2"} {
+		var out, errs bytes.Buffer
+		status := run([]string{"-fuzztime", "5x", "-jobs", jobs}, dir, &out, &errs)
+		if status != 1 {
+			t.Errorf("-jobs %s: exit status %d, want 1", jobs, status)
+		}
+		for _, want := range []string{
+			"[1/3] example.test/m/a FuzzFine\n",
+			"FAIL FuzzBroken; repeat it: go test -run '^FuzzBroken$' example.test/m/b\n",
+			"\n2 fuzz targets clean, 1 failed\n",
+		} {
+			if !strings.Contains(out.String(), want) {
+				t.Errorf("-jobs %s: output lacks %q:\n%s%s", jobs, want, out.String(), errs.String())
+			}
 		}
 	}
 }
@@ -64,6 +66,19 @@ func TestPickAndClean(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "2 fuzz targets clean, 0 failed") {
 		t.Errorf("output:\n%s", out.String())
+	}
+}
+
+func TestOutOfTime(t *testing.T) {
+	t.Parallel()
+	for said, want := range map[string]bool{
+		"--- FAIL: FuzzX (10.00s)\n    context deadline exceeded\nFAIL\n":                                                    true,
+		"--- FAIL: FuzzX (0.01s)\n    context deadline exceeded\n    Failing input written to testdata/fuzz/FuzzX/1\nFAIL\n": false,
+		"--- FAIL: FuzzX (0.01s)\n    found\nFAIL\n":                                                                         false,
+	} {
+		if got := outOfTime([]byte(said)); got != want {
+			t.Errorf("%q: %v", said, got)
+		}
 	}
 }
 
