@@ -87,7 +87,7 @@ func run(args []string, dir string, stdout, stderr io.Writer) int {
 				args = append(args, "-parallel", "1")
 			}
 			title := fmt.Sprintf("[%d/%d] %s %s\n", i+1, len(targets), t.pkg, t.name)
-			var live io.Writer = io.Discard
+			live := io.Discard
 			if *jobs <= 1 {
 				_, _ = io.WriteString(stdout, title)
 				live = stdout
