@@ -39,6 +39,14 @@ type Open struct {
 	By          string    `json:"by,omitempty"`
 	Attempts    int       `json:"attempts"` // begun so far
 	Index       uint64    `json:"index"`    // log index of the eviction
+	// Cuts are the acks of targets so far: volume uuid to the node that acked.
+	Cuts map[string]string `json:"cuts,omitempty"`
+}
+
+func (o *Open) clone() Open {
+	c := *o
+	c.Cuts = maps.Clone(o.Cuts)
+	return c
 }
 
 // Attempt is one run of one method that has not ended.
@@ -86,6 +94,7 @@ type Evidence struct {
 	Attempt  uint64   `json:"attempt,omitempty"`  // agent: which
 	BootID   string   `json:"boot_id,omitempty"`  // rejoin: the new kernel's
 	Acks     []string `json:"acks,omitempty"`     // target: nodes that acked Cut(epoch)
+	Silent   []string `json:"silent,omitempty"`   // target: volumes whose target had to stop by then, on a machine that is not paused (SAFETY §3, c)
 	Pending  []string `json:"pending,omitempty"`  // volumes still "cut pending" (SAFETY §3)
 	Output   string   `json:"output,omitempty"`   // tail
 }
@@ -114,10 +123,12 @@ type State struct {
 	Attempts map[uint64]*Attempt `json:"attempts"` // running, by id; may outlive their fence
 	LastID   uint64              `json:"last_id"`
 	History  []Record            `json:"history"`
+	Devices  map[string]*Device  `json:"devices,omitempty"` // by name
+	Ways     map[string]*Ways    `json:"ways,omitempty"`    // by node
 }
 
 func newState() *State {
-	return &State{Open: map[string]*Open{}, Attempts: map[uint64]*Attempt{}}
+	return &State{Open: map[string]*Open{}, Attempts: map[uint64]*Attempt{}, Devices: map[string]*Device{}, Ways: map[string]*Ways{}}
 }
 
 // Kind numbers of machine 2. Append only.
@@ -125,6 +136,10 @@ const (
 	kindStart uint16 = iota + 1
 	kindEnd
 	kindFenced
+	kindDeviceSet
+	kindDeviceDelete
+	kindWaysSet
+	kindCutAck
 )
 
 // FenceStart records that an executor is about to act, before it acts (I8).
@@ -214,8 +229,8 @@ func (c *Fenced) Validate() error {
 			return fmt.Errorf("fenced %s: manual evidence needs operator and reason", c.Node)
 		}
 	case Target:
-		if len(e.Acks) == 0 {
-			return fmt.Errorf("fenced %s: target evidence needs acks", c.Node)
+		if len(e.Acks) == 0 && len(e.Silent) == 0 {
+			return fmt.Errorf("fenced %s: target evidence needs acks, or volumes that are not served any more", c.Node)
 		}
 	case Agent:
 		if e.Attempt == 0 {
@@ -256,7 +271,7 @@ func (m *Machine) Bind(n Members) { m.members = n }
 func (*Machine) ID() fsm.ID { return fsm.Fence }
 
 // Version implements fsm.Machine.
-func (*Machine) Version() uint32 { return 1 }
+func (*Machine) Version() uint32 { return 2 }
 
 // Kinds implements fsm.Machine.
 func (*Machine) Kinds() []fsm.Kind {
@@ -264,6 +279,10 @@ func (*Machine) Kinds() []fsm.Kind {
 		{Number: kindStart, Name: "fence-start", Since: 1, MaxVersion: 1, New: func() any { return new(FenceStart) }},
 		{Number: kindEnd, Name: "fence-end", Since: 1, MaxVersion: 1, New: func() any { return new(FenceEnd) }},
 		{Number: kindFenced, Name: "fenced", Since: 1, MaxVersion: 1, New: func() any { return new(Fenced) }, Touches: []fsm.ID{fsm.Members}},
+		{Number: kindDeviceSet, Name: "fence-device-set", Since: 1, MaxVersion: 1, New: func() any { return new(DeviceSet) }},
+		{Number: kindDeviceDelete, Name: "fence-device-delete", Since: 1, MaxVersion: 1, New: func() any { return new(DeviceDelete) }},
+		{Number: kindWaysSet, Name: "fence-ways-set", Since: 1, MaxVersion: 1, New: func() any { return new(WaysSet) }},
+		{Number: kindCutAck, Name: "cut-ack", Since: 1, MaxVersion: 1, New: func() any { return new(CutAck) }},
 	}
 }
 
@@ -284,6 +303,12 @@ func (m *Machine) Restore(version uint32, r io.Reader) (func(), error) {
 		if s.Attempts == nil {
 			s.Attempts = n.Attempts
 		}
+		if s.Devices == nil {
+			s.Devices = n.Devices
+		}
+		if s.Ways == nil {
+			s.Ways = n.Ways
+		}
 		n = s
 	}
 	return func() { m.s = n }, nil
@@ -293,7 +318,7 @@ func (m *Machine) Restore(version uint32, r io.Reader) (func(), error) {
 func (m *Machine) OpenFences() []Open {
 	out := make([]Open, 0, len(m.s.Open))
 	for _, k := range slices.Sorted(maps.Keys(m.s.Open)) {
-		out = append(out, *m.s.Open[k])
+		out = append(out, m.s.Open[k].clone())
 	}
 	return out
 }
@@ -328,7 +353,7 @@ func (m *Machine) History(after uint64, n int) (page []Record, more bool) {
 func (r Record) clone() Record {
 	if r.Evidence != nil {
 		e := *r.Evidence
-		e.Acks, e.Pending = slices.Clone(e.Acks), slices.Clone(e.Pending)
+		e.Acks, e.Silent, e.Pending = slices.Clone(e.Acks), slices.Clone(e.Silent), slices.Clone(e.Pending)
 		r.Evidence = &e
 	}
 	return r
@@ -380,6 +405,14 @@ func (m *Machine) Apply(index uint64, cmd any) (any, error) {
 		return m.end(index, c)
 	case *Fenced:
 		return m.fenced(index, c)
+	case *DeviceSet:
+		return m.deviceSet(index, c)
+	case *DeviceDelete:
+		return m.deviceDelete(c)
+	case *WaysSet:
+		return m.waysSet(index, c)
+	case *CutAck:
+		return m.cutAck(c)
 	}
 	return nil, fmt.Errorf("fencing: command %T has no handler", cmd)
 }
@@ -462,7 +495,7 @@ func (m *Machine) fenced(index uint64, c *Fenced) (any, error) {
 	delete(m.s.Open, c.Node)
 	m.members.MarkFenced(index, c.Node, o.Incarnation)
 	ev := c.Evidence
-	ev.Acks, ev.Pending = slices.Clone(ev.Acks), slices.Clone(ev.Pending)
+	ev.Acks, ev.Silent, ev.Pending = slices.Clone(ev.Acks), slices.Clone(ev.Silent), slices.Clone(ev.Pending)
 	return m.add(Record{
 		Index: index, At: c.Now.UTC(), Event: EventFenced, Node: c.Node, Incarnation: o.Incarnation, Epoch: c.Epoch,
 		Method: ev.Method, Attempt: ev.Attempt, Text: ev.Reason, Evidence: &ev,

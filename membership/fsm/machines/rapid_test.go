@@ -88,7 +88,19 @@ func genCommand(t *rapid.T, i int, c *machines.Cluster) fsm.Command {
 			}
 		})
 	}
-	switch r.IntN(46) {
+	switch r.IntN(50) {
+	case 46:
+		return fencing.DeviceSet{Device: fencing.Device{Name: tok, Agent: "fence_dummy", Actions: []string{"off"}, Params: map[string]string{"a": req}}, Version: version}
+	case 47:
+		return fencing.DeviceDelete{Name: tok}
+	case 48:
+		w := fencing.Ways{Node: node}
+		if seed > 1 {
+			w.Ways = []fencing.Way{{Name: "power", Uses: []fencing.Use{{Device: tok}}}}
+		}
+		return fencing.WaysSet{Ways: w, Version: version}
+	case 49:
+		return fencing.CutAck{Victim: node, Epoch: epoch, By: "n9", Volumes: []string{tok}}
 	case 0, 1:
 		return members.Bootstrap{Cluster: "c1", UUID: clusterUUID, Node: newNode("n1", 1)}
 	case 2, 3:
