@@ -36,6 +36,13 @@ package api
 //	GET    /v1/fence                      List[Fence]
 //	GET    /v1/fence/history              List[FenceEvent]
 //	POST   /v1/fence/ack       FenceAck   Done
+//	GET    /v1/fence/devices              List[FenceDevice]
+//	POST   /v1/fence/devices   FenceDeviceSet FenceDevice
+//	DELETE /v1/fence/devices/{name}       Done
+//	GET    /v1/fence/methods              List[FenceMethods]
+//	POST   /v1/fence/methods   FenceMethods FenceMethods
+//	POST   /v1/fence/run       FenceRun   Done
+//	POST   /v1/fence/test      FenceTest  FenceTested
 //	GET    /v1/events                     server-sent events, data: Event: those the
 //	                                      node still remembers, then new ones;
 //	                                      ?follow=0 ends after the remembered ones
@@ -58,5 +65,9 @@ const (
 	PathFence        = "/v1/fence"
 	PathFenceHistory = "/v1/fence/history"
 	PathFenceAck     = "/v1/fence/ack"
+	PathFenceDevices = "/v1/fence/devices"
+	PathFenceMethods = "/v1/fence/methods"
+	PathFenceRun     = "/v1/fence/run"
+	PathFenceTest    = "/v1/fence/test"
 	PathEvents       = "/v1/events"
 )

@@ -361,3 +361,82 @@ type Done struct {
 	Index      uint64 `json:"index" yaml:"index"`
 	Message    string `json:"message,omitempty" yaml:"message,omitempty"`
 }
+
+// FenceDevice is a fence device as it is shown. Secret options are never shown.
+type FenceDevice struct {
+	APIVersion string            `json:"apiVersion" yaml:"apiVersion"`
+	Name       string            `json:"name" yaml:"name"`
+	Agent      string            `json:"agent" yaml:"agent"` // fence_ipmilan
+	Params     map[string]string `json:"params" yaml:"params"`
+	HasSecrets bool              `json:"has_secrets" yaml:"has_secrets"`
+	Actions    []string          `json:"actions" yaml:"actions"`                         // that the agent advertises
+	Executors  []string          `json:"executors,omitempty" yaml:"executors,omitempty"` // the only nodes that reach it
+	TimeoutNS  time.Duration     `json:"timeout_ns,omitempty" yaml:"timeout_ns,omitempty"`
+	Version    uint64            `json:"version" yaml:"version"`
+}
+
+// FenceDeviceSet makes a fence device, or with Replace changes one. Params are the
+// agent's options, in any spelling; those that are secrets are sealed.
+type FenceDeviceSet struct {
+	Name      string            `json:"name"`
+	Agent     string            `json:"agent"`
+	Params    map[string]string `json:"params"`
+	Executors []string          `json:"executors,omitempty"`
+	TimeoutNS time.Duration     `json:"timeout_ns,omitempty"`
+	Replace   bool              `json:"replace,omitempty"`
+}
+
+// FenceUse is a device in a method of a node.
+type FenceUse struct {
+	Device  string            `json:"device" yaml:"device"`
+	Plug    string            `json:"plug,omitempty" yaml:"plug,omitempty"` // how the device calls the node; empty: by its name
+	Params  map[string]string `json:"params,omitempty" yaml:"params,omitempty"`
+	Action  string            `json:"action,omitempty" yaml:"action,omitempty"`
+	DelayNS time.Duration     `json:"delay_ns,omitempty" yaml:"delay_ns,omitempty"`
+}
+
+// FenceMethod is one way to fence a node: all its devices must succeed.
+type FenceMethod struct {
+	Name string     `json:"name" yaml:"name"`
+	Uses []FenceUse `json:"uses" yaml:"uses"`
+}
+
+// FenceMethods are the ways to fence a node, tried in order, after the targets
+// have been told to cut it off. Setting replaces all of them.
+type FenceMethods struct {
+	APIVersion string        `json:"apiVersion,omitempty" yaml:"apiVersion"`
+	Node       string        `json:"node" yaml:"node"`
+	Methods    []FenceMethod `json:"methods" yaml:"methods"`
+	Off        bool          `json:"off,omitempty" yaml:"off,omitempty"` // leave it off
+	Version    uint64        `json:"version,omitempty" yaml:"version,omitempty"`
+}
+
+// FenceRun fences a node that is a member. Confirm is its name again.
+type FenceRun struct {
+	Node    string `json:"node"`
+	Reason  string `json:"reason"`
+	Confirm string `json:"confirm"`
+}
+
+// FenceTest asks the devices of a node how they are.
+type FenceTest struct {
+	Node string `json:"node"`
+}
+
+// FenceTested is what they said.
+type FenceTested struct {
+	APIVersion string            `json:"apiVersion" yaml:"apiVersion"`
+	Node       string            `json:"node" yaml:"node"`
+	By         string            `json:"by" yaml:"by"` // the node that asked
+	OK         bool              `json:"ok" yaml:"ok"`
+	Results    []FenceTestResult `json:"results" yaml:"results"`
+}
+
+// FenceTestResult is one device's answer.
+type FenceTestResult struct {
+	Method string        `json:"method" yaml:"method"`
+	Device string        `json:"device,omitempty" yaml:"device,omitempty"`
+	OK     bool          `json:"ok" yaml:"ok"`
+	Text   string        `json:"text" yaml:"text"`
+	TookNS time.Duration `json:"took_ns,omitempty" yaml:"took_ns,omitempty"`
+}

@@ -34,6 +34,7 @@ type Config struct {
 	Roles    Roles    `toml:"roles" comment:"What this node does."`
 	Storage  Storage  `toml:"storage" comment:"Local copies of volumes."`
 	ISCSI    ISCSI    `toml:"iscsi" comment:"The target's side of a connection."`
+	Fence    Fence    `toml:"fence" comment:"Stopping nodes that are lost."`
 	Lease    Lease    `toml:"lease" comment:"Times that the profile sets; change them only with a reason."`
 	Log      Log      `toml:"log" comment:"Logging."`
 	Priority Priority `toml:"priority" comment:"Scheduling of the control process: it must run when everything else is busy."`
@@ -68,6 +69,12 @@ type ISCSI struct {
 	IQNPrefix     string   `toml:"iqn_prefix" comment:"Prefix of targets created by a short name."`
 	NopInterval   Duration `toml:"nop_interval" comment:"NOP-In ping of idle and busy connections."`
 	NopTimeout    Duration `toml:"nop_timeout" comment:"A connection that does not answer a ping for so long is reset and its unread bytes are discarded."`
+}
+
+// Fence says what the node may assume and run when it fences another.
+type Fence struct {
+	AgentDirs     []string `toml:"agent_dirs" comment:"Folders of fence agents (programs called fence_*), in order. $PATH is not used."`
+	AssumeNoPause bool     `toml:"assume_no_pause" comment:"No node is a virtual machine, or can stop without noticing. Then a target whose lease is over by long counts as silent; otherwise only its own word, a fence agent or an operator counts."`
 }
 
 // Lease overrides the profile's times. Zero values mean the profile's.
@@ -148,6 +155,7 @@ func Default() Config {
 		Storage: Storage{Cache: "direct"},
 		ISCSI: ISCSI{IQNPrefix: "iqn.2026-11.io.blockhouse",
 			NopInterval: Duration(time.Second), NopTimeout: Duration(time.Second)},
+		Fence:    Fence{AgentDirs: []string{"/usr/local/sbin", "/usr/sbin", "/sbin"}},
 		Lease:    Lease{TOrphan: Duration(10 * time.Second)},
 		Log:      Log{Level: "info", Format: "console"},
 		Priority: Priority{Nice: -15},

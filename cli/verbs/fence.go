@@ -61,5 +61,5 @@ func (a *app) fenceCmd() *cobra.Command {
 		return printList(a, l, fenceEventView())
 	})
 	return a.group(&cobra.Command{Use: "fence", Short: "nodes that must be stopped, and the proof that they were"},
-		alias(list, "ls"), history, a.ackCmd("ack"))
+		alias(list, "ls"), history, a.ackCmd("ack"), a.fenceRunCmd(), a.fenceTestCmd(), a.fenceDeviceCmd(), a.fenceMethodCmd())
 }

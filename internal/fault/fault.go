@@ -20,4 +20,6 @@ const (
 	GateShutsAtLeaseEnd Rule = "gate-shuts-at-lease-end"
 	// GrantVerifiesLeader: a leader proves that it leads before it grants a lease.
 	GrantVerifiesLeader Rule = "grant-verifies-leader"
+	// CutDrainsFirst: a target acks a cut only when nothing of the victim is in the backend (SAFETY §3).
+	CutDrainsFirst Rule = "cut-drains-first"
 )

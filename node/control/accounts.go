@@ -108,9 +108,7 @@ func (m *member) accountCreate(r *http.Request) (any, error) {
 	if q.RequestID == "" {
 		q.RequestID = uuid.NewString()
 	}
-	var want string
-	m.cluster.Read(func(v machines.View) { want = v.Storage.State().SealingKey() })
-	key, err := m.sealingKey(r.Context(), want)
+	key, err := m.clusterKey(r.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -425,7 +423,7 @@ func (m *member) keepKey(ctx context.Context) {
 	for {
 		_, _, next := m.cluster.Changed()
 		var want string
-		m.cluster.Read(func(v machines.View) { want = v.Storage.State().SealingKey() })
+		m.cluster.Read(func(v machines.View) { want = wantedKey(v) })
 		if want != "" && m.identity().ClusterKey.ID() != want {
 			fctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 			_, err := m.sealingKey(fctx, want)

@@ -80,6 +80,7 @@ func (m *member) routes() http.Handler {
 	change("POST "+api.PathFenceAck, m.fenceAck)
 
 	m.accountRoutes(mux)
+	m.fenceRoutes(mux)
 
 	mux.HandleFunc("GET "+api.PathEvents, m.d.events.serve)
 	mux.Handle("POST "+api.PathLeave, handler(m.leave))

@@ -137,6 +137,7 @@ func (m *member) reign(ctx context.Context) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	var plan voterPlan
+	var open fences
 	for n := 0; ; n++ {
 		select {
 		case <-tick.C:
@@ -147,6 +148,7 @@ func (m *member) reign(ctx context.Context) {
 			m.log.Warn("this leader was not scheduled in time and accuses nobody for a while", zap.Duration("late", late))
 		}
 		m.evictLost(ctx)
+		m.pursue(ctx, &open)
 		if n%10 == 0 {
 			m.voters(ctx, &plan)
 		}
@@ -411,6 +413,9 @@ type volumeAt struct {
 }
 
 func (m *member) applyStorageRequest(ctx context.Context, from string, q link.Request) (uint64, error) {
+	if q.Kind == "cut.ack" {
+		return m.applyCutAck(ctx, from, q.Body)
+	}
 	var at volumeAt
 	if err := json.Unmarshal(q.Body, &at); err != nil {
 		return 0, api.Errorf(api.CodeUsage, "", "read %s: %v", q.Kind, err)

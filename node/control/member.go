@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/config"
+	"github.com/blockhouse-san/blockhouse/fence/agent"
 	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/internal/fault"
 	"github.com/blockhouse-san/blockhouse/internal/version"
@@ -45,6 +47,7 @@ type member struct {
 	raft    *raftlog.Node
 	workers *workers
 	granter *granter
+	agents  *agent.Runner
 	table   *leaderTable
 	apiSrv  *http.Server
 	handler http.Handler // of /v1, for both ports
@@ -60,8 +63,9 @@ type member struct {
 	mu struct {
 		sync.Mutex
 		id       identity
-		lease    env.Boot // end of our node lease
-		caughtUp bool     // we have seen a leader's read index since this start
+		lease    env.Boot          // end of our node lease
+		caughtUp bool              // we have seen a leader's read index since this start
+		fenceWhy map[string]string // as the leader: what each open fence waits for, by node
 		goneWhy  string
 		asking   bool // an admission is under way
 		clients  map[string]*api.Client
@@ -110,6 +114,7 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 	}
 	undo = append(undo, func() { _ = m.raft.Close() })
 
+	m.agents = agent.New(agent.Config{Node: id.Node, Dirs: d.cfg.Fence.AgentDirs, Clock: d.clock})
 	times := d.cfg.Times()
 	m.table = newLeaderTable(detect.Default(times.TTL), d.clock)
 	m.granter = &granter{ttl: times.TTL, clock: d.clock, log: m.log, verify: m.raft.VerifyLeader, leader: m.leaderPeer,
@@ -151,6 +156,7 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 	m.wg.Go(func() { m.workers.run(ctx, d.workerKinds()) })
 	m.wg.Go(func() { m.lead(ctx) })
 	m.wg.Go(func() { m.follow(ctx) })
+	m.wg.Go(func() { m.execute(ctx) })
 	m.wg.Go(func() { m.gossip(ctx) })
 	m.wg.Go(func() { m.keepKey(ctx) })
 	return m, nil
@@ -621,6 +627,9 @@ func (m *member) picture(ctx context.Context) picture {
 		}
 	}
 	if !p.Stale {
+		m.mu.Lock()
+		p.FenceWhy = maps.Clone(m.mu.fenceWhy)
+		m.mu.Unlock()
 		p.Leases = m.table.leases()
 	} else {
 		p.Raft.Leader = ""

@@ -23,9 +23,11 @@ type picture struct {
 	Profile string
 	Members *members.State
 	Fences  []fencing.Open
-	History []fencing.Record
-	Storage *storage.State
-	Raft    raftPicture
+	// FenceWhy is what each waits for, by node; only the leader knows.
+	FenceWhy map[string]string
+	History  []fencing.Record
+	Storage  *storage.State
+	Raft     raftPicture
 	// Leases: what only the leader knows. Nil elsewhere.
 	Leases map[string]leasePicture
 }
@@ -60,7 +62,7 @@ func statusOf(p picture) api.Status {
 		s.LUNs = append(s.LUNs, t.LUNs...)
 	}
 	for _, f := range p.Fences {
-		s.Fences = append(s.Fences, fenceOf(f))
+		s.Fences = append(s.Fences, fenceOf(f, p.FenceWhy[f.Node]))
 	}
 	s.Problems = problemsOf(p, &s)
 	s.Health = api.HealthOK
@@ -260,9 +262,12 @@ func targetsOf(p picture, vols []api.Volume) []api.Target {
 	return out
 }
 
-func fenceOf(f fencing.Open) api.Fence {
+func fenceOf(f fencing.Open, why string) api.Fence {
+	if why == "" {
+		why = "an operator who has reset it: clusteradm fence_manual " + f.Node
+	}
 	return api.Fence{Node: f.Node, Incarnation: f.Incarnation, Epoch: f.Epoch, Since: f.Since, Reason: f.Reason,
-		Attempts: f.Attempts, Waiting: "an operator who has reset it: clusteradm fence_manual " + f.Node}
+		Attempts: f.Attempts, Waiting: why}
 }
 
 func evidenceText(e fencing.Evidence) string {
@@ -301,7 +306,13 @@ func problemsOf(p picture, s *api.Status) []api.Problem {
 	for _, n := range s.Nodes {
 		switch n.State {
 		case api.NodeLost:
-			add(api.HealthDegraded, "node "+n.Name+" is lost; its fence is pending", n.Reason,
+			cause := n.Reason
+			for _, f := range s.Fences {
+				if f.Node == n.Name && f.Waiting != "" {
+					cause += "; the fence waits for: " + f.Waiting
+				}
+			}
+			add(api.HealthDegraded, "node "+n.Name+" is lost; its fence is pending", cause,
 				"start it again, or reset it by hand and then say so", "clusteradm fence_manual "+n.Name)
 		case api.NodeFenced:
 			add(api.HealthDegraded, "node "+n.Name+" is fenced and not back", n.Reason,

@@ -23,6 +23,7 @@ import (
 func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	w.forgetAsked()
 	reset := w.syncVolumes(ctx, want)
+	w.cut(ctx, want)
 	if len(reset) > 0 {
 		hit := map[string]bool{}
 		for _, t := range want.storage.Targets {
@@ -79,6 +80,7 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 	if c.Discovery, err = w.auth(want, "discovery", want.storage.Discovery); err != nil {
 		c.Discovery = nobody
 	}
+	c.Cut = cutNames(&want.members)
 	for _, t := range want.storage.ListTargets() {
 		ct := target.Target{IQN: t.IQN, Alias: t.Alias, TPGT: uint16(want.index), RelPort: uint16(want.index), Portals: ports,
 			// Logins are for the node lease only; what goes on in the orphan time are

@@ -45,8 +45,11 @@ func Run(ctx context.Context, cfg config.Config, log *zap.Logger) error {
 	defer cancel()
 	clock := env.Real{}
 	w := &worker{cfg: cfg, log: log.Named("storage"), clock: clock, stop: cancel, gate: NewNodeGate(clock, cfg.Times().TOrphan),
-		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1)}
+		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1), cuts: map[string]*cutOf{}}
 	var err error
+	if w.promised, err = loadPromises(cfg.DataDir); err != nil {
+		return err
+	}
 	w.srv, err = target.New(target.Options{Logger: log.Named("target"), NopInterval: cfg.ISCSI.NopInterval.D(), NopTimeout: cfg.ISCSI.NopTimeout.D(),
 		StallLimit: stallLimit})
 	if err != nil {
@@ -122,6 +125,10 @@ type worker struct {
 	retryAt env.Boot
 
 	complained map[string]string // what was logged of accounts, by target
+	cuts       map[string]*cutOf // open fences, by victim; acked and busy are guarded by mu
+
+	promiseMu sync.Mutex
+	promised  map[string]uint64 // cuts that are on disk
 }
 
 // OnKill ends a session that an administrator does not want.
@@ -172,7 +179,7 @@ func (w *worker) OnLease(l link.Lease, ready bool) {
 	want := w.mu.want
 	w.mu.waiting = !ready
 	w.mu.Unlock()
-	if !ready || want == nil || want.inc == 0 {
+	if !ready || want == nil || want.inc == 0 || w.behindPromise(want) {
 		return
 	}
 	if w.gate.Extend(l.End, want.inc) {

@@ -1,0 +1,443 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/fence/agent"
+	"github.com/blockhouse-san/blockhouse/fence/drive"
+	"github.com/blockhouse-san/blockhouse/fence/plan"
+	"github.com/blockhouse-san/blockhouse/internal/env"
+	"github.com/blockhouse-san/blockhouse/membership/detect"
+	"github.com/blockhouse-san/blockhouse/membership/fsm"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/machines"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/storage"
+)
+
+// Paths between nodes; not for users.
+const pathFenceEnd = "/v1/cluster/fence-end"
+
+// fences is the leader's part in fencing: one driver for each open fence. It holds
+// nothing that another leader could not find out.
+type fences struct {
+	drivers map[uint64]*drive.Driver // by epoch of the eviction
+	silent  map[string]env.Boot      // primaries without a lease, since when we see that
+	said    map[uint64]string        // what each waits for, as last logged
+}
+
+// silenceMargin is added to T_orphan: the clocks of two machines may run at rates
+// that differ by a little, and a worker looks at its own every few milliseconds.
+const silenceMargin = time.Second
+
+// pursue takes the open fences one step further. Only a leader calls it, and what
+// it decides counts when it is committed.
+func (m *member) pursue(ctx context.Context, f *fences) {
+	ins := m.fenceInputs(f)
+	for e := range f.drivers {
+		if !slices.ContainsFunc(ins, func(in drive.Input) bool { return in.Open.Epoch == e }) {
+			delete(f.drivers, e)
+			delete(f.said, e)
+		}
+	}
+	why := map[string]string{}
+	for i := range ins {
+		in := &ins[i]
+		d := f.drivers[in.Open.Epoch]
+		if d == nil {
+			d = &drive.Driver{}
+			f.drivers[in.Open.Epoch] = d
+		}
+		act := d.Next(in)
+		why[in.Open.Node] = act.Why
+		if act.Why != f.said[in.Open.Epoch] {
+			f.said[in.Open.Epoch] = act.Why
+			m.log.Info("fence", zap.String("victim", in.Open.Node), zap.Uint64("epoch", in.Open.Epoch), zap.String("waits_for", act.Why))
+		}
+		if err := m.carryOut(ctx, in, act); err != nil && ctx.Err() == nil {
+			m.log.Warn("cannot take the fence further", zap.String("victim", in.Open.Node), zap.Error(err))
+		}
+	}
+	m.mu.Lock()
+	m.mu.fenceWhy = why
+	m.mu.Unlock()
+}
+
+func (m *member) carryOut(ctx context.Context, in *drive.Input, act drive.Act) error {
+	ctx, cancel := context.WithTimeout(ctx, m.d.cfg.Times().TTL)
+	defer cancel()
+	switch {
+	case act.Start != nil:
+		_, err := m.apply(ctx, *act.Start)
+		if err == nil {
+			m.d.event("fence.start", fmt.Sprintf("fence of %s: %s on %s", in.Open.Node, act.Start.Device, act.Start.Executor),
+				map[string]any{"node": in.Open.Node, "epoch": in.Open.Epoch, "executor": act.Start.Executor})
+		}
+		return err
+	case act.End != nil:
+		_, err := m.apply(ctx, *act.End)
+		return err
+	case act.Close != nil:
+		_, err := m.apply(ctx, *act.Close)
+		if errors.Is(err, fsm.ErrNoOpenFence) {
+			return nil // an operator was quicker
+		}
+		if err == nil {
+			ev := act.Close.Evidence
+			m.log.Warn("fenced", zap.String("victim", in.Open.Node), zap.Uint64("epoch", in.Open.Epoch), zap.String("method", string(ev.Method)),
+				zap.Strings("acks", ev.Acks), zap.Strings("pending", ev.Pending), zap.Duration("after", in.Wall.Sub(in.Open.Since)))
+			m.d.event("node.fenced", "node "+in.Open.Node+" is fenced: "+evidenceText(ev), map[string]any{"node": in.Open.Node, "epoch": in.Open.Epoch})
+		}
+		return err
+	}
+	return nil
+}
+
+// fenceInputs reads everything for the open fences, at one index.
+func (m *member) fenceInputs(f *fences) []drive.Input {
+	if f.drivers == nil {
+		f.drivers, f.silent, f.said = map[uint64]*drive.Driver{}, map[string]env.Boot{}, map[uint64]string{}
+	}
+	now := m.d.clock.Now()
+	var opens []fencing.Open
+	var running []fencing.Attempt
+	var history []fencing.Record
+	var list []members.Record
+	var vols []storage.Volume
+	var devices []fencing.Device
+	ways := map[string]fencing.Ways{}
+	lunless := map[string]bool{}
+	m.cluster.Read(func(v machines.View) {
+		if opens = v.Fencing.OpenFences(); len(opens) == 0 {
+			return
+		}
+		running = v.Fencing.Running()
+		history, _ = v.Fencing.History(0, 0)
+		list = v.Members.State().List()
+		st := v.Storage.State()
+		vols = st.ListVolumes()
+		for _, x := range vols {
+			lunless[x.Config.UUID] = len(st.LUNsOf(x.Config.UUID)) == 0
+		}
+		devices = v.Fencing.Devices()
+		for _, o := range opens {
+			ways[o.Node] = v.Fencing.Ways(o.Node)
+		}
+	})
+	if len(opens) == 0 {
+		clear(f.silent)
+		return nil
+	}
+	leader := m.identity().Node
+	var candidates []plan.Candidate
+	alive := map[string]bool{}
+	for _, r := range list {
+		left, renewed := m.table.left(detect.Member{Node: r.Name, Incarnation: r.Incarnation, BootID: r.BootID})
+		if r.Active() && (r.Name == leader || renewed && left > 0) {
+			alive[r.Name] = true
+			candidates = append(candidates, plan.Candidate{Node: r.Name, Leader: r.Name == leader})
+			delete(f.silent, r.Name)
+		} else if _, ok := f.silent[r.Name]; !ok {
+			f.silent[r.Name] = now
+		}
+	}
+	var out []drive.Input
+	for _, o := range opens {
+		in := drive.Input{Open: o, Members: candidates, Silence: m.d.cfg.Times().TTL + m.d.cfg.Times().TOrphan + silenceMargin, Wall: m.d.clock.Wall(), Now: now}
+		for _, a := range running {
+			if a.Node == o.Node {
+				in.Running = append(in.Running, a)
+			}
+		}
+		for _, h := range history {
+			if h.Node == o.Node && h.Epoch == o.Epoch {
+				in.History = append(in.History, h)
+			}
+		}
+		for _, v := range vols {
+			if v.State == storage.Creating || lunless[v.Config.UUID] {
+				continue // no LUN ever pointed to it, or the drain was before its removal
+			}
+			x := drive.Volume{UUID: v.Config.UUID, Name: v.Name, Primary: v.Config.Primary}
+			if !alive[x.Primary] {
+				x.Silent, x.Since, x.Pauses = true, f.silent[x.Primary], !m.d.cfg.Fence.AssumeNoPause
+			}
+			in.Volumes = append(in.Volumes, x)
+		}
+		p, err := m.fencePlan(ways[o.Node], devices)
+		if err != nil {
+			m.log.Error("the fence methods of a node cannot be used", zap.String("victim", o.Node), zap.Error(err))
+		}
+		in.Plan = p
+		out = append(out, in)
+	}
+	return out
+}
+
+// fencePlan expands the configured methods of a node. Secrets are not needed for
+// it: the executor opens them.
+func (m *member) fencePlan(w fencing.Ways, devices []fencing.Device) (plan.Plan, error) {
+	var ds []plan.Device
+	for _, d := range devices {
+		pd := plan.Device{Name: d.Name, Agent: d.Agent, Params: d.Params, Executors: d.Executors, Timeout: d.Timeout}
+		for _, a := range d.Actions {
+			pd.Actions = append(pd.Actions, agent.Action(a))
+		}
+		ds = append(ds, pd)
+	}
+	var ms []plan.Method
+	for _, x := range w.Ways {
+		pm := plan.Method{Name: x.Name, Kind: fencing.Agent}
+		for _, u := range x.Uses {
+			pm.Uses = append(pm.Uses, plan.Use{Device: u.Device, Plug: u.Plug, Params: u.Params, Action: agent.Action(u.Action), Delay: u.Delay})
+		}
+		ms = append(ms, pm)
+	}
+	want := plan.Reboot
+	if w.Off {
+		want = plan.Off
+	}
+	p, err := plan.New(w.Node, ms, ds, want)
+	if err != nil {
+		return plan.Plan{Victim: w.Node}, err
+	}
+	return p, nil
+}
+
+// cutAck is a target's word, checked and committed.
+type cutAck struct {
+	Victim  string   `json:"victim"`
+	Epoch   uint64   `json:"epoch"`
+	Volumes []string `json:"volumes"`
+}
+
+func (m *member) applyCutAck(ctx context.Context, from string, body json.RawMessage) (uint64, error) {
+	var q cutAck
+	if err := json.Unmarshal(body, &q); err != nil {
+		return 0, api.Errorf(api.CodeUsage, "", "read cut.ack: %v", err)
+	}
+	var inc uint64
+	m.cluster.Read(func(v machines.View) {
+		if r, ok := v.Members.Get(from); ok {
+			inc = r.Incarnation
+		}
+		// Only the primary speaks for a volume; who was primary a moment ago does not.
+		q.Volumes = slices.DeleteFunc(q.Volumes, func(id string) bool {
+			x, ok := v.Storage.Volume(id)
+			return !ok || x.Config.Primary != from
+		})
+	})
+	if len(q.Volumes) == 0 {
+		return m.cluster.Index(), nil
+	}
+	res, err := m.apply(ctx, fencing.CutAck{Victim: q.Victim, Epoch: q.Epoch, By: from, Incarnation: inc, Volumes: q.Volumes})
+	return res.Index, err
+}
+
+// execute is every member's part in fencing: it runs the attempts that the log
+// gives to this node. An attempt that was begun by an earlier process of this node
+// is left to its deadline: what that process had started may still act.
+func (m *member) execute(ctx context.Context) {
+	began := map[uint64]bool{}
+	first := true
+	for {
+		_, _, next := m.cluster.Changed()
+		if m.isCaughtUp() {
+			me := m.identity().Node
+			for _, a := range m.attempts() {
+				if a.Executor != me || began[a.ID] {
+					continue
+				}
+				began[a.ID] = true
+				if first {
+					m.log.Warn("a fence attempt was begun before this process: it is left to its deadline", zap.Uint64("attempt", a.ID), zap.String("victim", a.Node))
+					continue
+				}
+				m.wg.Go(func() { m.attempt(ctx, a) })
+			}
+			first = false
+			select {
+			case <-next:
+				continue
+			case <-ctx.Done():
+				return
+			}
+		}
+		if m.d.clock.Sleep(ctx, 50*time.Millisecond) != nil {
+			return
+		}
+	}
+}
+
+func (m *member) attempts() (out []fencing.Attempt) {
+	m.cluster.Read(func(v machines.View) { out = v.Fencing.Running() })
+	return out
+}
+
+// attempt runs the steps of one attempt and has its end recorded. It ends with
+// this node's lease: an executor that is no member any more may not power-cycle
+// anybody (SAFETY §3).
+func (m *member) attempt(ctx context.Context, a fencing.Attempt) {
+	log := m.log.With(zap.Uint64("attempt", a.ID), zap.String("victim", a.Node), zap.String("method", a.Device))
+	rctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	m.wg.Go(func() {
+		for rctx.Err() == nil {
+			left := m.leaseLeft()
+			if left <= 0 {
+				cancel(errors.New("the node lease of the executor has ended"))
+				return
+			}
+			_ = m.d.clock.Sleep(rctx, min(left, 50*time.Millisecond))
+		}
+	})
+	end := fencing.FenceEnd{Attempt: a.ID, Outcome: fencing.Failed, ExitCode: -1}
+	steps, err := m.steps(rctx, a)
+	if err != nil {
+		end.Output = err.Error()
+	} else {
+		end = m.runSteps(rctx, log, a, steps)
+	}
+	end.Now = m.d.clock.Wall()
+	if len(end.Output) > fencing.MaxOutput {
+		end.Output = strings.ToValidUTF8(end.Output[len(end.Output)-fencing.MaxOutput:], "?")
+	}
+	log.Info("fence attempt ended", zap.String("outcome", string(end.Outcome)), zap.String("output", end.Output))
+	// The end is worth repeating for as long as anybody waits for it.
+	for m.d.clock.Wall().Before(a.Deadline) && ctx.Err() == nil {
+		if err = m.toLeader(ctx, pathFenceEnd, end, func() error { _, err := m.apply(ctx, end); return err }); err == nil {
+			return
+		}
+		log.Debug("cannot record the end of a fence attempt yet", zap.Error(err))
+		_ = m.d.clock.Sleep(ctx, 100*time.Millisecond)
+	}
+	log.Warn("the end of a fence attempt could not be recorded before its deadline", zap.Error(err))
+}
+
+// toLeader posts to the leader, or does it here if that is us.
+func (m *member) toLeader(ctx context.Context, path string, body any, here func() error) error {
+	p, us := m.leaderPeer()
+	if us {
+		return here()
+	}
+	if p.API == "" {
+		return api.Errorf(api.CodeNoQuorum, "", "no leader is known")
+	}
+	ctx, cancel := context.WithTimeout(ctx, m.d.cfg.Times().TTL)
+	defer cancel()
+	_, err := api.Post[api.Done](ctx, m.client(p), path, body)
+	return err
+}
+
+// fenceEnd takes an executor's word for the attempt that it was given.
+func (m *member) fenceEnd(r *http.Request) (any, error) {
+	q, err := decode[fencing.FenceEnd](r)
+	if err != nil {
+		return nil, err
+	}
+	c := callerOf(r)
+	for _, a := range m.attempts() {
+		if a.ID == q.Attempt && (c.local || a.Executor != c.id.Name) {
+			return nil, api.Errorf(api.CodeDenied, "", "attempt %d is %s's, not %v's", a.ID, a.Executor, c)
+		}
+	}
+	if q.Outcome == fencing.Abandoned {
+		return nil, api.Errorf(api.CodeDenied, "", "only the leader gives an attempt up")
+	}
+	res, err := m.apply(r.Context(), q)
+	if err != nil {
+		return nil, err
+	}
+	return api.Done{APIVersion: api.Version, Index: res.Index}, nil
+}
+
+// steps are those of the attempt's method, with the devices' secrets in.
+func (m *member) steps(ctx context.Context, a fencing.Attempt) ([]plan.Step, error) {
+	var ways fencing.Ways
+	var devices []fencing.Device
+	m.cluster.Read(func(v machines.View) { ways, devices = v.Fencing.Ways(a.Node), v.Fencing.Devices() })
+	for i := range devices {
+		d := &devices[i]
+		if len(d.Sealed) == 0 {
+			continue
+		}
+		key, err := m.sealingKey(ctx, d.Key)
+		if err != nil {
+			return nil, err
+		}
+		secrets, err := openSecrets(key, d)
+		if err != nil {
+			return nil, err
+		}
+		if d.Params == nil {
+			d.Params = map[string]string{}
+		}
+		maps.Copy(d.Params, secrets)
+	}
+	p, err := m.fencePlan(ways, devices)
+	if err != nil {
+		return nil, err
+	}
+	for _, pm := range p.Methods {
+		if pm.Name == a.Device {
+			return pm.Steps, nil
+		}
+	}
+	return nil, fmt.Errorf("node %s has no fence method %s any more", a.Node, a.Device)
+}
+
+// runSteps runs the steps in order until the method has failed or all are done.
+func (m *member) runSteps(ctx context.Context, log *zap.Logger, a fencing.Attempt, steps []plan.Step) fencing.FenceEnd {
+	end := fencing.FenceEnd{Attempt: a.ID, Outcome: fencing.Failed, ExitCode: -1}
+	method := plan.Planned{Name: a.Device, Kind: fencing.Agent, Steps: steps}
+	var ok []bool
+	var said []string
+	for _, s := range steps {
+		log.Info("fence step", zap.String("step", s.String()), zap.String("agent", s.Agent))
+		res, err := m.agents.Run(ctx, s.Request(a.Node))
+		line := s.String() + ": "
+		if err != nil {
+			line += err.Error()
+		} else {
+			line += string(res.Outcome)
+			if res.Why != "" {
+				line += ": " + res.Why
+			}
+			if res.Output != "" {
+				line += "\n" + res.Output
+			}
+			end.ExitCode = res.ExitCode
+		}
+		said = append(said, line)
+		ok = append(ok, err == nil && res.OK())
+		if done, good := method.Outcome(ok); done && !good {
+			if err == nil && res.Outcome == fencing.TimedOut {
+				end.Outcome = fencing.TimedOut
+			}
+			break
+		}
+	}
+	if _, good := method.Outcome(ok); good && method.Fenced(ok) {
+		end.Outcome = fencing.OK
+	}
+	end.Output = strings.Join(said, "\n")
+	return end
+}
+
+// leaseLeft is how long this node's lease still holds.
+func (m *member) leaseLeft() time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.mu.lease.Sub(m.d.clock.Now())
+}
