@@ -12,6 +12,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/fence/agent"
+	"github.com/blockhouse-san/blockhouse/fence/drive"
 	"github.com/blockhouse-san/blockhouse/fence/plan"
 	"github.com/blockhouse-san/blockhouse/internal/seal"
 	"github.com/blockhouse-san/blockhouse/membership/detect"
@@ -218,7 +219,7 @@ func (m *member) fenceMethodsSet(r *http.Request) (any, error) {
 	var have fencing.Ways
 	var devices []fencing.Device
 	m.cluster.Read(func(v machines.View) { have, devices = v.Fencing.Ways(q.Node), v.Fencing.Devices() })
-	if _, err := m.fencePlan(w, devices); err != nil {
+	if _, err := drive.PlanOf(w, devices); err != nil {
 		return nil, api.Errorf(api.CodeUsage, "clusteradm fence device list", "%v", err)
 	}
 	res, err := m.apply(r.Context(), fencing.WaysSet{Ways: w, Version: have.Changed})

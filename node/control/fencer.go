@@ -14,28 +14,16 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
-	"github.com/blockhouse-san/blockhouse/fence/agent"
 	"github.com/blockhouse-san/blockhouse/fence/drive"
 	"github.com/blockhouse-san/blockhouse/fence/plan"
-	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/membership/detect"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/machines"
-	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
-	"github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 )
 
 // Paths between nodes; not for users.
 const pathFenceEnd = "/v1/cluster/fence-end"
-
-// fences is the leader's part in fencing: one driver for each open fence. It holds
-// nothing that another leader could not find out.
-type fences struct {
-	drivers map[uint64]*drive.Driver // by epoch of the eviction
-	silent  map[string]env.Boot      // primaries without a lease, since when we see that
-	said    map[uint64]string        // what each waits for, as last logged
-}
 
 // silenceMargin is added to T_orphan: the clocks of two machines may run at rates
 // that differ by a little, and a worker looks at its own every few milliseconds.
@@ -43,30 +31,27 @@ const silenceMargin = time.Second
 
 // pursue takes the open fences one step further. Only a leader calls it, and what
 // it decides counts when it is committed.
-func (m *member) pursue(ctx context.Context, f *fences) {
-	ins := m.fenceInputs(f)
-	for e := range f.drivers {
-		if !slices.ContainsFunc(ins, func(in drive.Input) bool { return in.Open.Epoch == e }) {
-			delete(f.drivers, e)
-			delete(f.said, e)
-		}
-	}
+func (m *member) pursue(ctx context.Context, l *drive.Leader) {
+	t := m.d.cfg.Times()
+	seen := drive.Seen{Leader: m.identity().Node, NoPause: m.d.cfg.Fence.AssumeNoPause, Silence: t.TTL + t.TOrphan + silenceMargin,
+		Alive: func(node string, inc uint64, boot string) bool {
+			left, renewed := m.table.left(detect.Member{Node: node, Incarnation: inc, BootID: boot})
+			return renewed && left > 0
+		},
+		Now: m.d.clock.Now(), Wall: m.d.clock.Wall()}
+	var todo []drive.Decision
+	m.cluster.Read(func(v machines.View) { todo = l.Step(v, seen) })
 	why := map[string]string{}
-	for i := range ins {
-		in := &ins[i]
-		d := f.drivers[in.Open.Epoch]
-		if d == nil {
-			d = &drive.Driver{}
-			f.drivers[in.Open.Epoch] = d
+	for _, d := range todo {
+		why[d.Open.Node] = d.Act.Why
+		if d.New {
+			m.log.Info("fence", zap.String("victim", d.Open.Node), zap.Uint64("epoch", d.Open.Epoch), zap.String("waits_for", d.Act.Why))
+			if d.Err != nil {
+				m.log.Error("the fence methods of a node cannot be used", zap.String("victim", d.Open.Node), zap.Error(d.Err))
+			}
 		}
-		act := d.Next(in)
-		why[in.Open.Node] = act.Why
-		if act.Why != f.said[in.Open.Epoch] {
-			f.said[in.Open.Epoch] = act.Why
-			m.log.Info("fence", zap.String("victim", in.Open.Node), zap.Uint64("epoch", in.Open.Epoch), zap.String("waits_for", act.Why))
-		}
-		if err := m.carryOut(ctx, in, act); err != nil && ctx.Err() == nil {
-			m.log.Warn("cannot take the fence further", zap.String("victim", in.Open.Node), zap.Error(err))
+		if err := m.carryOut(ctx, d.Open, d.Act); err != nil && ctx.Err() == nil {
+			m.log.Warn("cannot take the fence further", zap.String("victim", d.Open.Node), zap.Error(err))
 		}
 	}
 	m.mu.Lock()
@@ -74,15 +59,15 @@ func (m *member) pursue(ctx context.Context, f *fences) {
 	m.mu.Unlock()
 }
 
-func (m *member) carryOut(ctx context.Context, in *drive.Input, act drive.Act) error {
+func (m *member) carryOut(ctx context.Context, o fencing.Open, act drive.Act) error {
 	ctx, cancel := context.WithTimeout(ctx, m.d.cfg.Times().TTL)
 	defer cancel()
 	switch {
 	case act.Start != nil:
 		_, err := m.apply(ctx, *act.Start)
 		if err == nil {
-			m.d.event("fence.start", fmt.Sprintf("fence of %s: %s on %s", in.Open.Node, act.Start.Device, act.Start.Executor),
-				map[string]any{"node": in.Open.Node, "epoch": in.Open.Epoch, "executor": act.Start.Executor})
+			m.d.event("fence.start", fmt.Sprintf("fence of %s: %s on %s", o.Node, act.Start.Device, act.Start.Executor),
+				map[string]any{"node": o.Node, "epoch": o.Epoch, "executor": act.Start.Executor})
 		}
 		return err
 	case act.End != nil:
@@ -95,124 +80,13 @@ func (m *member) carryOut(ctx context.Context, in *drive.Input, act drive.Act) e
 		}
 		if err == nil {
 			ev := act.Close.Evidence
-			m.log.Warn("fenced", zap.String("victim", in.Open.Node), zap.Uint64("epoch", in.Open.Epoch), zap.String("method", string(ev.Method)),
-				zap.Strings("acks", ev.Acks), zap.Strings("pending", ev.Pending), zap.Duration("after", in.Wall.Sub(in.Open.Since)))
-			m.d.event("node.fenced", "node "+in.Open.Node+" is fenced: "+evidenceText(ev), map[string]any{"node": in.Open.Node, "epoch": in.Open.Epoch})
+			m.log.Warn("fenced", zap.String("victim", o.Node), zap.Uint64("epoch", o.Epoch), zap.String("method", string(ev.Method)),
+				zap.Strings("acks", ev.Acks), zap.Strings("pending", ev.Pending), zap.Duration("after", act.Close.Now.Sub(o.Since)))
+			m.d.event("node.fenced", "node "+o.Node+" is fenced: "+evidenceText(ev), map[string]any{"node": o.Node, "epoch": o.Epoch})
 		}
 		return err
 	}
 	return nil
-}
-
-// fenceInputs reads everything for the open fences, at one index.
-func (m *member) fenceInputs(f *fences) []drive.Input {
-	if f.drivers == nil {
-		f.drivers, f.silent, f.said = map[uint64]*drive.Driver{}, map[string]env.Boot{}, map[uint64]string{}
-	}
-	now := m.d.clock.Now()
-	var opens []fencing.Open
-	var running []fencing.Attempt
-	var history []fencing.Record
-	var list []members.Record
-	var vols []storage.Volume
-	var devices []fencing.Device
-	ways := map[string]fencing.Ways{}
-	lunless := map[string]bool{}
-	m.cluster.Read(func(v machines.View) {
-		if opens = v.Fencing.OpenFences(); len(opens) == 0 {
-			return
-		}
-		running = v.Fencing.Running()
-		history, _ = v.Fencing.History(0, 0)
-		list = v.Members.State().List()
-		st := v.Storage.State()
-		vols = st.ListVolumes()
-		for _, x := range vols {
-			lunless[x.Config.UUID] = len(st.LUNsOf(x.Config.UUID)) == 0
-		}
-		devices = v.Fencing.Devices()
-		for _, o := range opens {
-			ways[o.Node] = v.Fencing.Ways(o.Node)
-		}
-	})
-	if len(opens) == 0 {
-		clear(f.silent)
-		return nil
-	}
-	leader := m.identity().Node
-	var candidates []plan.Candidate
-	alive := map[string]bool{}
-	for _, r := range list {
-		left, renewed := m.table.left(detect.Member{Node: r.Name, Incarnation: r.Incarnation, BootID: r.BootID})
-		if r.Active() && (r.Name == leader || renewed && left > 0) {
-			alive[r.Name] = true
-			candidates = append(candidates, plan.Candidate{Node: r.Name, Leader: r.Name == leader})
-			delete(f.silent, r.Name)
-		} else if _, ok := f.silent[r.Name]; !ok {
-			f.silent[r.Name] = now
-		}
-	}
-	var out []drive.Input
-	for _, o := range opens {
-		in := drive.Input{Open: o, Members: candidates, Silence: m.d.cfg.Times().TTL + m.d.cfg.Times().TOrphan + silenceMargin, Wall: m.d.clock.Wall(), Now: now}
-		for _, a := range running {
-			if a.Node == o.Node {
-				in.Running = append(in.Running, a)
-			}
-		}
-		for _, h := range history {
-			if h.Node == o.Node && h.Epoch == o.Epoch {
-				in.History = append(in.History, h)
-			}
-		}
-		for _, v := range vols {
-			if v.State == storage.Creating || lunless[v.Config.UUID] {
-				continue // no LUN ever pointed to it, or the drain was before its removal
-			}
-			x := drive.Volume{UUID: v.Config.UUID, Name: v.Name, Primary: v.Config.Primary}
-			if !alive[x.Primary] {
-				x.Silent, x.Since, x.Pauses = true, f.silent[x.Primary], !m.d.cfg.Fence.AssumeNoPause
-			}
-			in.Volumes = append(in.Volumes, x)
-		}
-		p, err := m.fencePlan(ways[o.Node], devices)
-		if err != nil {
-			m.log.Error("the fence methods of a node cannot be used", zap.String("victim", o.Node), zap.Error(err))
-		}
-		in.Plan = p
-		out = append(out, in)
-	}
-	return out
-}
-
-// fencePlan expands the configured methods of a node. Secrets are not needed for
-// it: the executor opens them.
-func (m *member) fencePlan(w fencing.Ways, devices []fencing.Device) (plan.Plan, error) {
-	var ds []plan.Device
-	for _, d := range devices {
-		pd := plan.Device{Name: d.Name, Agent: d.Agent, Params: d.Params, Executors: d.Executors, Timeout: d.Timeout}
-		for _, a := range d.Actions {
-			pd.Actions = append(pd.Actions, agent.Action(a))
-		}
-		ds = append(ds, pd)
-	}
-	var ms []plan.Method
-	for _, x := range w.Ways {
-		pm := plan.Method{Name: x.Name, Kind: fencing.Agent}
-		for _, u := range x.Uses {
-			pm.Uses = append(pm.Uses, plan.Use{Device: u.Device, Plug: u.Plug, Params: u.Params, Action: agent.Action(u.Action), Delay: u.Delay})
-		}
-		ms = append(ms, pm)
-	}
-	want := plan.Reboot
-	if w.Off {
-		want = plan.Off
-	}
-	p, err := plan.New(w.Node, ms, ds, want)
-	if err != nil {
-		return plan.Plan{Victim: w.Node}, err
-	}
-	return p, nil
 }
 
 // cutAck is a target's word, checked and committed.
@@ -385,7 +259,7 @@ func (m *member) steps(ctx context.Context, a fencing.Attempt) ([]plan.Step, err
 		}
 		maps.Copy(d.Params, secrets)
 	}
-	p, err := m.fencePlan(ways, devices)
+	p, err := drive.PlanOf(ways, devices)
 	if err != nil {
 		return nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/fence/drive"
 	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/membership/detect"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
@@ -137,7 +138,7 @@ func (m *member) reign(ctx context.Context) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	var plan voterPlan
-	var open fences
+	var open drive.Leader
 	for n := 0; ; n++ {
 		select {
 		case <-tick.C:
