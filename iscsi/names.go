@@ -44,7 +44,9 @@ func NormalizeName(s string) string {
 	return strings.ToLower(s)
 }
 
-// CheckName returns nil for an iSCSI name of type iqn., eui. or naa. (§4.2.7).
+// CheckName returns nil for an iSCSI name of type iqn., eui. or naa. (§4.2.7). A
+// month of one digit is let through: old tutorials have iqn.2010-8.com.example, and
+// the tools of their time took it.
 func CheckName(s string) error {
 	bad := func(why string) error { return fmt.Errorf("iSCSI name %q: %s", s, why) }
 	if len(s) > MaxName {
@@ -56,6 +58,9 @@ func CheckName(s string) error {
 	switch strings.ToLower(s[:4]) {
 	case "iqn.":
 		d := s[4:]
+		if len(d) > 6 && d[4] == '-' && d[6] == '.' {
+			d = d[:5] + "0" + d[5:]
+		}
 		if len(d) < 8 || d[4] != '-' || d[7] != '.' || !digits(d[:4]) || !digits(d[5:7]) {
 			return bad("want iqn.YYYY-MM.DOMAIN[:NAME]")
 		}

@@ -125,12 +125,12 @@ func TestParseBinary(t *testing.T) {
 func TestNames(t *testing.T) {
 	for _, s := range []string{"iqn.2013-05.com.magedu:tsan.disk1", "iqn.1991-05.com.microsoft:win_host", "iqn.2001-04.com.example",
 		"IQN.2001-04.COM.EXAMPLE:x", "eui.02004567A425678D", "naa.52004567BA64678D", "naa.62004567BA64678D0123456789ABCDEF",
-		"iqn.2001-04.org.exämple:x"} {
+		"iqn.2001-04.org.exämple:x", "iqn.2010-8.com.example.ts:disk1"} {
 		if err := CheckName(s); err != nil {
 			t.Errorf("%s: %v", s, err)
 		}
 	}
-	for _, s := range []string{"", "iqn", "iqn.", "iqn.2013-05", "iqn.2013-05.", "iqn.2013-13.com.x", "iqn.2013-00.com.x", "iqn.201305.com.x", "iqn.2013-05.com x",
+	for _, s := range []string{"", "iqn", "iqn.", "iqn.2013-05", "iqn.2013-05.", "iqn.2013-13.com.x", "iqn.2013-00.com.x", "iqn.2013-0.com.x", "iqn.2013-8.", "iqn.2013-.com.x", "iqn.2013-8com.x", "iqn.201305.com.x", "iqn.2013-05.com x",
 		"iqn.2013-05.com.x\x00", "iqn.2013-05.:x", "iqn.2013-05.com.x/y", "eui.02004567A425678", "eui.02004567A425678G", "naa.52004567BA64678", "xyz.2013",
 		"iqn.2013-05.com.x:" + strings.Repeat("y", 223), "iqn.2013-05.com.\xff"} {
 		if err := CheckName(s); err == nil {

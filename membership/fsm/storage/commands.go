@@ -12,6 +12,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/block/replica"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
+	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/scsi"
 )
 
@@ -229,8 +230,9 @@ func CanonicalName(s string) (string, error) {
 	if len(s) > 223 {
 		return "", fmt.Errorf("iSCSI name of %d bytes: 223 are allowed (RFC 7143 4.2.7.1)", len(s))
 	}
-	if !strings.HasPrefix(s, "iqn.") && !strings.HasPrefix(s, "eui.") && !strings.HasPrefix(s, "naa.") || len(s) < 5 {
-		return "", fmt.Errorf("iSCSI name %q: iqn.YYYY-MM.reversed.domain[:string], eui.… or naa.… is needed", s)
+	// A target refuses a configuration with any other name, and then it serves nothing.
+	if err := iscsi.CheckName(s); err != nil {
+		return "", err
 	}
 	for _, c := range s {
 		if !(c >= 'a' && c <= 'z' || c >= '0' && c <= '9' || c == '.' || c == '-' || c == ':' || c == '_') {
