@@ -32,6 +32,9 @@ type Admission struct {
 	Auth    LoginAuth
 	// Base is the session's Params when TSIH is not 0, else zero.
 	Base Params
+	// Want are the limits for this login in place of TargetLoginConfig.Want; nil =
+	// those.
+	Want *Want
 }
 
 // LoginAuth says how an initiator proves itself. The zero value takes everyone.
@@ -319,7 +322,11 @@ func (t *TargetLogin) name(req *LoginRequest, pairs []Pair) ([]Pair, error) {
 	if base == (Params{}) {
 		base = DefaultParams()
 	}
-	t.neg = NewNegotiator(Target, leading, base, t.cfg.Want)
+	want := &t.cfg.Want
+	if t.adm.Want != nil {
+		want = t.adm.Want
+	}
+	t.neg = NewNegotiator(Target, leading, base, *want)
 	t.neg.SetDiscovery(t.id.Discovery)
 	var reply []Pair
 	if !t.id.Discovery {

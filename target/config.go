@@ -29,7 +29,7 @@ type Options struct {
 	QueueDepth  int        // command window of a session; 0 = 128
 	MaxLogins   int        // connections that are not logged in yet; 0 = 256
 	MaxBuffered int64      // bytes of data phases in memory; above it large commands get TASK SET FULL; 0 = 1 GiB
-	Want        iscsi.Want // limits of negotiation; zero = iscsi.DefaultWant
+	Want        iscsi.Want // limits of negotiation; zero = DefaultWant
 }
 
 func (o *Options) defaults() error {
@@ -45,8 +45,8 @@ func (o *Options) defaults() error {
 	if o.QueueDepth == 0 {
 		o.QueueDepth = 128
 	}
-	if o.QueueDepth < 1 || o.QueueDepth > 4096 {
-		return fmt.Errorf("queue depth %d: want 1 to 4096", o.QueueDepth)
+	if o.QueueDepth < 1 || o.QueueDepth > maxQueueDepth {
+		return fmt.Errorf("queue depth %d: want 1 to %d", o.QueueDepth, maxQueueDepth)
 	}
 	if o.MaxBuffered == 0 {
 		o.MaxBuffered = 1 << 30
@@ -58,9 +58,9 @@ func (o *Options) defaults() error {
 		o.Logger = zap.NewNop()
 	}
 	if o.Want.MaxRecv == 0 {
-		o.Want = iscsi.DefaultWant()
+		o.Want = DefaultWant()
 	}
-	return o.Want.Validate()
+	return checkWant(&o.Want)
 }
 
 // Secret is a CHAP secret. It prints as nothing, in logs and in JSON.
@@ -151,6 +151,14 @@ type Target struct {
 	LUNs    []LUN
 	// Offline refuses logins with "service unavailable", for drains.
 	Offline bool
+	// What follows holds for sessions that log in from now on. Zero values are the
+	// server's: Want limits the negotiation, MaxSend is the most that a Data-In
+	// carries whatever the initiator declares (bytes, from 512), QueueDepth the
+	// command window, NopInterval and NopTimeout the pings (a negative NopInterval
+	// switches them off).
+	Want                    iscsi.Want
+	MaxSend, QueueDepth     int
+	NopInterval, NopTimeout time.Duration
 	// Redirect sends initiators to another portal, HOST:PORT[,TAG], before they
 	// authenticate; RedirectForever says that they should remember it.
 	Redirect        string
@@ -242,6 +250,9 @@ func (c *Config) Validate() error {
 		if err := t.Auth.validate(); err != nil {
 			return fmt.Errorf("target %s: %w", t.IQN, err)
 		}
+		if err := t.validateLimits(); err != nil {
+			return fmt.Errorf("target %s: %w", t.IQN, err)
+		}
 		nums := map[scsi.LUN]bool{}
 		for j := range t.LUNs {
 			l := &t.LUNs[j]
@@ -261,6 +272,52 @@ func (c *Config) Validate() error {
 			vols[l.Volume] = l
 			nums[l.Number] = true
 		}
+	}
+	return nil
+}
+
+func (t *Target) validateLimits() error {
+	if t.Want.MaxRecv != 0 {
+		if err := checkWant(&t.Want); err != nil {
+			return err
+		}
+	}
+	switch {
+	case t.MaxSend != 0 && (t.MaxSend < 512 || t.MaxSend > iscsi.MaxDataSegment):
+		return fmt.Errorf("segments of at most %d bytes are sent: want 512 to %d", t.MaxSend, iscsi.MaxDataSegment)
+	case t.QueueDepth < 0 || t.QueueDepth > maxQueueDepth:
+		return fmt.Errorf("queue depth %d: want 1 to %d", t.QueueDepth, maxQueueDepth)
+	}
+	return nil
+}
+
+const (
+	maxQueueDepth = 4096
+	// maxRecoveryLevel is what the target does of RFC 7143 section 7.
+	maxRecoveryLevel = 0
+)
+
+// DefaultWant are the limits of a server that is not told others: those of
+// iscsi.DefaultWant, and no time to retain a session for a task reassignment, of
+// which there is none below error recovery level 2.
+func DefaultWant() iscsi.Want {
+	w := iscsi.DefaultWant()
+	w.DefaultTime2Retain = 0
+	w.ErrorRecoveryLevel = maxRecoveryLevel
+	return w
+}
+
+// checkWant refuses limits under which a negotiation could end with what the target
+// does not do.
+func checkWant(w *iscsi.Want) error {
+	if err := w.Validate(); err != nil {
+		return err
+	}
+	switch {
+	case w.ErrorRecoveryLevel > maxRecoveryLevel:
+		return fmt.Errorf("error recovery level %d: want 0 to %d", w.ErrorRecoveryLevel, maxRecoveryLevel)
+	case !w.DataPDUInOrder || !w.DataSequenceInOrder:
+		return errors.New("DataPDUInOrder and DataSequenceInOrder: only Yes is possible")
 	}
 	return nil
 }

@@ -192,7 +192,8 @@ func (c *conn) login() error {
 			// (login requests are immediate).
 			c.s.mu.Lock()
 			c.s.expCmdSN = req.CmdSN
-			c.s.maxCmdSN = req.CmdSN.Add(uint32(c.srv.opt.QueueDepth)) - 1
+			c.s.maxCmdSN = req.CmdSN.Add(uint32(c.s.limits.depth)) - 1
+			st.Resp.MaxCmdSN = c.s.maxCmdSN
 			c.s.mu.Unlock()
 		}
 		if err := c.w.Append(&st.Resp, st.Data); err != nil {
@@ -208,7 +209,7 @@ func (c *conn) login() error {
 			p := m.Params()
 			c.neg, c.statSN = m.Negotiator(), m.StatSN()
 			c.r.MaxData, c.r.HeaderDigest, c.r.DataDigest = p.MaxRecv, p.HeaderDigest, p.DataDigest
-			c.w.MaxData, c.w.HeaderDigest, c.w.DataDigest = p.MaxSend, p.HeaderDigest, p.DataDigest
+			c.w.MaxData, c.w.HeaderDigest, c.w.DataDigest = c.s.limits.sendLimit(p.MaxSend), p.HeaderDigest, p.DataDigest
 			c.lastRead.Store(c.srv.now())
 			return c.nc.SetDeadline(time.Time{})
 		}
@@ -463,7 +464,7 @@ func (c *conn) textStep(p *iscsi.TextRequest, data []byte) error {
 		c.textOut.Put(reply...)
 		np := c.neg.Params()
 		c.flushing.Lock()
-		c.w.MaxData = np.MaxSend
+		c.w.MaxData = c.s.limits.sendLimit(np.MaxSend)
 		c.flushing.Unlock()
 	} else if len(data) > 0 {
 		return bad(iscsi.RejectProtocolError, "text in a request that has to fetch the rest of a response")

@@ -117,10 +117,8 @@ func New(o Options) (*Server, error) {
 		nodes: map[string]*node{}, listeners: map[netip.AddrPort]*listener{}, sessions: map[uint16]*session{}, conns: map[*conn]struct{}{},
 		lus: map[string]*logicalUnit{}, local: map[string]*Local{}, cut: map[string]uint64{}, lost: map[pr.Nexus]bool{}, guard: newGuard(),
 	}
-	if o.NopInterval > 0 || o.StallLimit > 0 {
-		s.wg.Add(1)
-		go s.watch()
-	}
+	s.wg.Add(1)
+	go s.watch()
 	return s, nil
 }
 
@@ -554,7 +552,11 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 			return no(iscsi.StatusServiceUnavailable)
 		}
 	}
-	return iscsi.Admission{Alias: t.Alias, TPGT: t.TPGT, Auth: c.loginAuth(&t.Auth)}
+	a := iscsi.Admission{Alias: t.Alias, TPGT: t.TPGT, Auth: c.loginAuth(&t.Auth)}
+	if t.Want.MaxRecv != 0 {
+		a.Want = &t.Want
+	}
+	return a
 }
 
 // reachable tells whether the connection came through a portal of the target.
@@ -580,7 +582,8 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 		return 0, iscsi.StatusForbidden
 	}
 	x := &session{
-		srv: s, isid: id.ISID, name: id.InitiatorName, alias: id.InitiatorAlias, user: id.User, params: p, since: time.Now(), conn: c,
+		srv: s, isid: id.ISID, name: id.InitiatorName, alias: id.InitiatorAlias, user: id.User, params: p, limits: s.opt.limits(nil),
+		since: time.Now(), conn: c,
 		in: map[*logicalUnit]Incarnation{}, tasks: map[uint32]*task{}, drained: make(chan struct{}),
 	}
 	var olds []*session
@@ -592,7 +595,7 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 			s.mu.Unlock()
 			return 0, iscsi.StatusNotFound
 		}
-		x.tgt = n
+		x.tgt, x.limits = n, s.opt.limits(n.conf.Load())
 		x.nexus = pr.Nexus{ID: scsi.TransportID{Name: id.InitiatorName, ISID: id.ISID, HasISID: true}, Port: n.conf.Load().RelPort}
 		again := false
 		for _, o := range s.sessions {
@@ -862,9 +865,11 @@ func (s *Server) CutInitiator(ctx context.Context, names []string, epoch uint64)
 // watch pings silent connections and notices when it did not run itself.
 func (s *Server) watch() {
 	defer s.wg.Done()
-	tick := s.opt.NopInterval / 4
-	if tick <= 0 || s.opt.StallLimit > 0 && s.opt.StallLimit/4 < tick {
-		tick = s.opt.StallLimit / 4
+	tick := 250 * time.Millisecond // of targets with an interval of their own, in whole seconds as a rule
+	for _, d := range []time.Duration{s.opt.NopInterval, s.opt.StallLimit} {
+		if d > 0 {
+			tick = min(tick, d/4)
+		}
 	}
 	t := time.NewTicker(tick)
 	defer t.Stop()
@@ -883,8 +888,8 @@ func (s *Server) watch() {
 			}
 		}
 		last = now
-		if s.opt.NopInterval > 0 {
-			for _, x := range s.list() {
+		for _, x := range s.list() {
+			if x.limits.interval > 0 {
 				x.conn.probe(now)
 			}
 		}
@@ -903,10 +908,10 @@ func (c *conn) probe(now int64) {
 	case sent != 0 && read > sent: // whatever it sent, it lives
 		c.pinged.Store(0)
 	case sent != 0:
-		if now-sent > int64(c.srv.opt.NopTimeout) {
+		if now-sent > int64(c.s.limits.timeout) {
 			c.shut(errSilent)
 		}
-	case now-read > int64(c.srv.opt.NopInterval):
+	case now-read > int64(c.s.limits.interval):
 		c.pinged.Store(now)
 		c.queue(response{pdu: &iscsi.NopIn{ITT: iscsi.ReservedTag, TTT: pingTTT}})
 		c.kick()

@@ -27,6 +27,7 @@ type session struct {
 	user   string
 	nexus  pr.Nexus
 	params iscsi.Params
+	limits limits
 	since  time.Time
 	conn   *conn
 	in     map[*logicalUnit]Incarnation // of each gate when the session was admitted; guarded by mu
@@ -51,6 +52,41 @@ type session struct {
 	ended     bool
 	running   int           // tasks not ended; after ended only falls
 	drained   chan struct{} // closed when ended and no task is left
+}
+
+// limits are what the target of a session, or the server, says beside what was
+// negotiated.
+type limits struct {
+	depth             int // command window
+	maxSend           int // bytes of a data segment, 0 = what the initiator declares
+	interval, timeout time.Duration
+}
+
+// limits of sessions with t, nil for discovery.
+func (o *Options) limits(t *Target) limits {
+	l := limits{depth: o.QueueDepth, interval: o.NopInterval, timeout: o.NopTimeout}
+	if t == nil {
+		return l
+	}
+	l.maxSend = t.MaxSend
+	if t.QueueDepth != 0 {
+		l.depth = t.QueueDepth
+	}
+	if t.NopInterval != 0 {
+		l.interval = t.NopInterval
+	}
+	if t.NopTimeout != 0 {
+		l.timeout = t.NopTimeout
+	}
+	return l
+}
+
+// sendLimit is the longest data segment for an initiator that declared n.
+func (l *limits) sendLimit(n int) int {
+	if l.maxSend != 0 {
+		return min(n, l.maxSend)
+	}
+	return n
 }
 
 type counters struct {
@@ -108,7 +144,7 @@ func (s *session) incarnation(u *logicalUnit) Incarnation {
 func (s *session) window() (exp, mx iscsi.Serial) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	free := s.srv.opt.QueueDepth - len(s.tasks) + s.immediate - len(s.early)
+	free := s.limits.depth - len(s.tasks) + s.immediate - len(s.early)
 	if free < 0 {
 		free = 0
 	}

@@ -145,11 +145,6 @@ func (s *session) targetUpdate(r *request) error {
 		q.Params = map[string]string{name: value}
 	}
 	_, err = api.Post[api.Target](s.ctx, s.cl, path(api.PathTargets, t.IQN), q)
-	if err == nil && q.Params != nil {
-		// node/storage has no way to hand it over: target.Config has one set of limits
-		// for all targets. The words go when that has changed.
-		s.warn("%s is recorded, but sessions still negotiate with the default limits of all targets", name)
-	}
 	return refusal(err, texts{api.CodeNotFound: "can't find the target"})
 }
 

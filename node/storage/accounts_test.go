@@ -17,8 +17,6 @@ import (
 	"github.com/blockhouse-san/blockhouse/internal/seal"
 	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 	"github.com/blockhouse-san/blockhouse/target"
-
-	"github.com/blockhouse-san/blockhouse/iscsi"
 )
 
 func newWorker(t *testing.T) (*worker, *observer.ObservedLogs) {
@@ -164,7 +162,7 @@ func TestOpenGiven(t *testing.T) {
 // What api says a target does without a parameter is what it does.
 func TestParamDefaults(t *testing.T) {
 	t.Parallel()
-	d := iscsi.DefaultWant()
+	d := target.DefaultWant()
 	yn := map[bool]string{true: "Yes", false: "No"}
 	want := map[string]string{
 		"MaxRecvDataSegmentLength": fmt.Sprint(d.MaxRecv), "MaxBurstLength": fmt.Sprint(d.MaxBurstLength), "FirstBurstLength": fmt.Sprint(d.FirstBurstLength),

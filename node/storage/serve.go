@@ -94,6 +94,9 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 			}
 			ct.ACL.Nets = append(ct.ACL.Nets, p)
 		}
+		if err := applyParams(&ct, t.Params); err != nil {
+			return c, fmt.Errorf("target %s: %w", t.IQN, err)
+		}
 		if t.ACL.Open {
 			ct.ACL.Names, ct.ACL.Nets = nil, nil
 		}
