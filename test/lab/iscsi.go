@@ -6,20 +6,25 @@ import (
 	"time"
 )
 
-// StartInitiator gives the guest the iSCSI name and starts open-iscsi's daemon with an empty record database and a log in
-// /run/iscsid.log.
+// StartInitiator gives the guest the iSCSI name and starts open-iscsi's daemon with an empty record database.
 func (g *Guest) StartInitiator(name string) {
 	g.t.Helper()
-	g.MustRun(fmt.Sprintf(`modprobe -a iscsi_tcp sd_mod sg
+	g.MustRun(fmt.Sprintf(`rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets /etc/iscsi/initiatorname.iscsi
+echo InitiatorName=%s >/etc/iscsi/initiatorname.iscsi`, name))
+	g.StartISCSID()
+}
+
+// StartISCSID starts open-iscsi's daemon with the files below /etc/iscsi as they are, and a log in /run/iscsid.log.
+func (g *Guest) StartISCSID() {
+	g.t.Helper()
+	g.MustRun(`modprobe -a iscsi_tcp sd_mod sg
 mkdir -p /run/lock/iscsi
-rm -rf /etc/iscsi/nodes /etc/iscsi/send_targets /etc/iscsi/initiatorname.iscsi
-echo InitiatorName=%s >/etc/iscsi/initiatorname.iscsi
 iscsid -f >/run/iscsid.log 2>&1 &
 for i in $(seq 200); do
 	if grep -q ISCSIADM_ABSTRACT_NAMESPACE /proc/net/unix; then exit 0; fi
 	sleep 0.05
 done
-cat /run/iscsid.log; exit 1`, name))
+cat /run/iscsid.log; exit 1`)
 }
 
 // Discover runs a SendTargets discovery at the portal, an address with an optional port, and returns iscsiadm's lines,
@@ -30,21 +35,29 @@ func (g *Guest) Discover(portal string) []string {
 }
 
 // Login logs in to a discovered target at one portal and returns the block devices of the new session (/dev/sda, ...), as
-// many as disks says. Nothing but sysfs tells when they appear: there is no udev.
+// many as disks says.
 func (g *Guest) Login(target, portal string, disks int) []string {
 	g.t.Helper()
-	out := g.MustRun(fmt.Sprintf(`iscsiadm -m node -T %[1]s -p %[2]s -l >&2
+	g.MustRun(fmt.Sprintf("iscsiadm -m node -T %s -p %s -l", target, portal))
+	return g.Disks(target, portal, disks)
+}
+
+// Disks waits for the block devices of a session, as many as disks says, and returns them. Nothing but sysfs tells when they
+// appear: there is no udev.
+func (g *Guest) Disks(target, portal string, disks int) []string {
+	g.t.Helper()
+	out := g.MustRun(fmt.Sprintf(`devs=
 for i in $(seq 300); do
 	for s in /sys/class/iscsi_session/session*; do
 		[ "$(cat $s/targetname)" = %[1]s ] || continue
 		c=$(echo $s/device/connection*/iscsi_connection/connection*)
-		[ "$(cat $c/persistent_address):$(cat $c/persistent_port)" = %[3]s ] || continue
+		[ "$(cat $c/persistent_address):$(cat $c/persistent_port)" = %[2]s ] || continue
 		devs=$(cd $s/device && ls -d target*/*/block/* 2>/dev/null | sed 's|.*/|/dev/|') || true
-		if [ "$(echo $devs | wc -w)" = %[4]d ]; then echo disks: $devs; exit 0; fi
+		if [ "$(echo $devs | wc -w)" = %[3]d ]; then echo disks: $devs; exit 0; fi
 	done
 	sleep 0.05
 done
-echo "want %[4]d disks of the session, have: $devs"; exit 1`, target, portal, withPort(portal), disks))
+echo "want %[3]d disks of the session, have: $devs"; exit 1`, target, withPort(portal), disks))
 	_, devs, _ := strings.Cut(out, "disks: ")
 	return strings.Fields(devs)
 }

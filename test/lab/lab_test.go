@@ -12,9 +12,15 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/blockhouse-san/blockhouse/internal/testnet"
+	"github.com/blockhouse-san/blockhouse/test/e2e/cluster"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		cluster.Clean()
+		os.Exit(code)
+	}))
+}
 
 // processesOf lists live processes whose command line or environment names s.
 func processesOf(t *testing.T, s string) []string {

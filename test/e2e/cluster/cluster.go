@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/internal/testnet"
 	"github.com/blockhouse-san/blockhouse/internal/testproc"
 	"github.com/blockhouse-san/blockhouse/node/link"
 )
@@ -77,9 +78,10 @@ type Cluster struct {
 	t       testing.TB
 	Name    string
 	Dir     string
-	block   string // 127.a.b
+	ips     []string // of the nodes; of 127.a.b unless Within says others
 	profile string
 	extra   string // more lines of every node's file
+	start   func(testproc.Spec) *testproc.Proc
 	Nodes   []*Node
 }
 
@@ -92,6 +94,12 @@ func Profile(p string) Option { return func(c *Cluster) { c.profile = p } }
 // Config adds lines to the end of every node's file.
 func Config(lines string) Option { return func(c *Cluster) { c.extra = lines } }
 
+// Within runs the nodes in a network namespace of the test's own, at addresses
+// that it has, for instance that of a bridge.
+func Within(nd *testnet.Node, ips ...string) Option {
+	return func(c *Cluster) { c.start, c.ips = nd.Start, ips }
+}
+
 // New prepares n nodes n1… without starting them.
 func New(t testing.TB, n int, opts ...Option) *Cluster {
 	t.Helper()
@@ -99,9 +107,16 @@ func New(t testing.TB, n int, opts ...Option) *Cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &Cluster{t: t, Name: "demo", Dir: dir, profile: "normal", block: freeBlock(t)}
+	c := &Cluster{t: t, Name: "demo", Dir: dir, profile: "normal"}
+	c.start = func(s testproc.Spec) *testproc.Proc { return testproc.Start(t, s) }
 	for _, o := range opts {
 		o(c)
+	}
+	if c.ips == nil {
+		block := freeBlock(t)
+		for i := range 254 {
+			c.ips = append(c.ips, fmt.Sprintf("%s.%d", block, 1+i))
+		}
 	}
 	for i := 1; i <= n; i++ {
 		c.Add(fmt.Sprintf("n%d", i))
@@ -127,7 +142,7 @@ func freeBlock(t testing.TB) string {
 // Add prepares one more node.
 func (c *Cluster) Add(name string) *Node {
 	c.t.Helper()
-	ip := fmt.Sprintf("%s.%d", c.block, len(c.Nodes)+1)
+	ip := c.ips[len(c.Nodes)]
 	n := &Node{c: c, Name: name, IP: ip, Dir: filepath.Join(c.Dir, name), Index: len(c.Nodes) + 1}
 	// Unix socket paths are short: the artefact folder's may not be.
 	run, err := os.MkdirTemp("", "bh-")
@@ -258,7 +273,7 @@ level = "debug"
 // Start runs control and waits for its socket.
 func (n *Node) Start() {
 	n.c.t.Helper()
-	n.proc = testproc.Start(n.c.t, testproc.Spec{Name: "clusterd-" + n.Name, LogDir: n.Dir, Env: n.Env, Grace: time.Millisecond,
+	n.proc = n.c.start(testproc.Spec{Name: "clusterd-" + n.Name, LogDir: n.Dir, Env: n.Env, Grace: time.Millisecond,
 		Args: []string{filepath.Join(Bin(n.c.t), "clusterd"), "--config", n.ConfigPath}})
 	n.client = api.Dial(filepath.Join(n.Run, "clusterd.sock"))
 	n.c.Wait(n.Name+" answers", 30*time.Second, func() (bool, string) {
