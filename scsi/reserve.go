@@ -65,10 +65,12 @@ const PRTypeMask = 0xEA01
 // TransportID names an initiator port: the iSCSI name and the ISID of its
 // session (SPC-4 7.6.4.7, format code 01b). ISID zero with HasISID false is
 // format code 00b, the initiator device.
+//
+// Its JSON form stands in the cluster's log: the names of its fields are frozen.
 type TransportID struct {
-	Name    string
-	ISID    [6]byte
-	HasISID bool
+	Name    string  `json:"name"`
+	ISID    [6]byte `json:"isid"`
+	HasISID bool    `json:"has_isid,omitempty"`
 }
 
 // String is the iSCSI initiator port name, "NAME,i,0x00023D000001".
@@ -285,16 +287,18 @@ func ParseReadFullStatus(b []byte) (generation uint32, ds []PRFullStatus, err er
 	return generation, ds, nil
 }
 
-// PROut is the parameter list of PERSISTENT RESERVE OUT.
+// PROut is the parameter list of PERSISTENT RESERVE OUT. Its JSON form stands in
+// the cluster's log: the names of its fields are frozen.
 type PROut struct {
-	Key, NewKey uint64 // RESERVATION KEY, SERVICE ACTION RESERVATION KEY
-	SpecIPT     bool
-	AllTGPT     bool
-	APTPL       bool
-	IDs         []TransportID // with SPEC_I_PT, or the one of REGISTER AND MOVE
+	Key     uint64        `json:"key"`     // RESERVATION KEY
+	NewKey  uint64        `json:"new_key"` // SERVICE ACTION RESERVATION KEY
+	SpecIPT bool          `json:"spec_i_pt,omitempty"`
+	AllTGPT bool          `json:"all_tg_pt,omitempty"`
+	APTPL   bool          `json:"aptpl,omitempty"`
+	IDs     []TransportID `json:"ids,omitempty"` // with SPEC_I_PT, or the one of REGISTER AND MOVE
 	// REGISTER AND MOVE only.
-	Unregister bool
-	Port       uint16
+	Unregister bool   `json:"unregister,omitempty"`
+	Port       uint16 `json:"port,omitempty"`
 }
 
 // Bytes builds the list for a service action.

@@ -95,7 +95,7 @@ func (x *exec) reserve(q pr.Request) error {
 		g := &group{done: func() { close(done) }}
 		for _, s := range srv.list() {
 			for _, n := range r.Abort {
-				if s.tgt != nil && s.nexus.ID == n.ID && s != x.s {
+				if s.tgt != nil && n.Is(s.nexus) && s != x.s {
 					s.abortInto(g, func(t *task) bool { return t.lu == x.lu })
 				}
 			}

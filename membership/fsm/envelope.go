@@ -19,7 +19,7 @@ import (
 	"io"
 )
 
-// ID numbers a sub-machine. The numbers are frozen; 4 to 7 are reserved for
+// ID numbers a sub-machine. The numbers are frozen; 5 to 7 are reserved for
 // their issues.
 type ID uint8
 

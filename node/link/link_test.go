@@ -71,6 +71,19 @@ func run(t *testing.T, c *Control, request func(Request)) chan error {
 	return done
 }
 
+// ended waits for a link to end: one that is not dropped fails the test, it does
+// not hang it.
+func ended(t *testing.T, done chan error) error {
+	t.Helper()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(5 * time.Second):
+		t.Fatal("the link goes on")
+		return nil
+	}
+}
+
 func TestWorkerRefusesWhatIsOlder(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -100,7 +113,7 @@ func TestWorkerRefusesWhatIsOlder(t *testing.T) {
 				eventually(t, "obeyed", func() bool { r.mu.Lock(); defer r.mu.Unlock(); return len(r.states) == 2 })
 				return
 			}
-			if err := <-done; !errors.Is(err, ErrRefused) {
+			if err := ended(t, done); !errors.Is(err, ErrRefused) {
 				t.Fatalf("link ended with %v, want a refusal", err)
 			}
 			r.mu.Lock()
@@ -128,7 +141,7 @@ func TestTheHigherControlIsObeyed(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, young, nil)
-	if err := <-oldDone; err == nil {
+	if err := ended(t, oldDone); err == nil {
 		t.Fatal("the old control was not dropped")
 	}
 	if _, err := Connect(t.Context(), path, ControlHello{Incarnation: 5}); !errors.Is(err, ErrRefused) {

@@ -12,6 +12,8 @@
 package pr
 
 import (
+	"errors"
+	"fmt"
 	"slices"
 
 	"github.com/blockhouse-san/blockhouse/scsi"
@@ -36,7 +38,8 @@ func (r *Registration) is(n Nexus) bool {
 }
 
 // State is everything reserved on one logical unit. The zero value is a logical
-// unit without reservations.
+// unit without reservations. Its JSON form stands in the cluster's log and
+// snapshots: the names of its fields, and those of Request, are frozen.
 type State struct {
 	Generation    uint32         `json:"generation"`
 	Registrations []Registration `json:"registrations,omitempty"` // in order of registration
@@ -70,6 +73,35 @@ type Request struct {
 	Names []string    `json:"names,omitempty"` // KindPurge
 }
 
+// Validate tells whether Apply can run the request: it checks what a device
+// server has checked before it asks, so that a request from a log never panics.
+func (q *Request) Validate() error {
+	switch q.Kind {
+	case KindReserve, KindRelease, KindNexusLoss, KindReset:
+		return nil
+	case KindPurge:
+		if len(q.Names) == 0 {
+			return errors.New("purge of reservations: no initiator is named")
+		}
+		return nil
+	case KindOut:
+	default:
+		return fmt.Errorf("reservation request of kind %d", q.Kind)
+	}
+	p := q.Param
+	switch {
+	case p == nil:
+		return errors.New("PERSISTENT RESERVE OUT without a parameter list")
+	case q.SA == scsi.SARegisterAndMove && len(p.IDs) != 1:
+		return fmt.Errorf("REGISTER AND MOVE with %d transport ids", len(p.IDs))
+	case (q.SA == scsi.SAReserve || q.SA == scsi.SARelease) && !q.Type.Valid():
+		return fmt.Errorf("persistent reservation of type %d", q.Type)
+	case len(p.IDs) > MaxRegistrations:
+		return fmt.Errorf("%d transport ids, at most %d", len(p.IDs), MaxRegistrations)
+	}
+	return nil
+}
+
 // Attention is a unit attention that a nexus must see.
 type Attention struct {
 	Nexus    Nexus
@@ -82,8 +114,20 @@ type Result struct {
 	Status scsi.Status // GOOD, CHECK CONDITION (with Sense), RESERVATION CONFLICT
 	Sense  *scsi.Sense
 	Notify []Attention
-	Abort  []Nexus // PREEMPT AND ABORT: abort and drain before status
+	Abort  []Victim // PREEMPT AND ABORT: abort and drain before status
 }
+
+// Victim is a registration whose tasks must end.
+type Victim struct {
+	Nexus    Nexus
+	AllPorts bool
+}
+
+// Is tells whether n is the nexus, or one that its registration stood for.
+func (v Victim) Is(n Nexus) bool { return v.Nexus.ID == n.ID && (v.AllPorts || v.Nexus.Port == n.Port) }
+
+// For tells whether n has to see the attention.
+func (a Attention) For(n Nexus) bool { return Victim{a.Nexus, a.AllPorts}.Is(n) }
 
 func good() Result     { return Result{} }
 func conflict() Result { return Result{Status: scsi.StatusReservationConflict} }
@@ -105,6 +149,16 @@ func (s *State) Clone() *State {
 	}
 	return &c
 }
+
+// Equal tells whether two states say the same.
+func (s *State) Equal(o *State) bool {
+	same := func(a, b *Nexus) bool { return a == b || a != nil && b != nil && *a == *b }
+	return s.Generation == o.Generation && slices.Equal(s.Registrations, o.Registrations) && s.Type == o.Type && same(s.Holder, o.Holder) &&
+		s.APTPL == o.APTPL && same(s.Legacy, o.Legacy)
+}
+
+// Empty tells whether nothing is reserved and nobody is registered.
+func (s *State) Empty() bool { return len(s.Registrations) == 0 && s.Type == 0 && s.Legacy == nil }
 
 func (s *State) find(n Nexus) *Registration {
 	for i := range s.Registrations {
@@ -375,7 +429,7 @@ func (s *State) outPreempt(q Request) Result {
 	for _, v := range victims {
 		res.Notify = append(res.Notify, Attention{v.Nexus, v.AllPorts, scsi.ASCRegistrationsPreempted})
 		if q.SA == scsi.SAPreemptAndAbort {
-			res.Abort = append(res.Abort, v.Nexus)
+			res.Abort = append(res.Abort, Victim{v.Nexus, v.AllPorts})
 		}
 	}
 	old := s.Type

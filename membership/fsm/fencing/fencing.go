@@ -278,7 +278,7 @@ func (*Machine) Kinds() []fsm.Kind {
 	return []fsm.Kind{
 		{Number: kindStart, Name: "fence-start", Since: 1, MaxVersion: 1, New: func() any { return new(FenceStart) }},
 		{Number: kindEnd, Name: "fence-end", Since: 1, MaxVersion: 1, New: func() any { return new(FenceEnd) }},
-		{Number: kindFenced, Name: "fenced", Since: 1, MaxVersion: 1, New: func() any { return new(Fenced) }, Touches: []fsm.ID{fsm.Members}},
+		{Number: kindFenced, Name: "fenced", Since: 1, MaxVersion: 1, New: func() any { return new(Fenced) }, Touches: []fsm.ID{fsm.Members, fsm.PR}},
 		{Number: kindDeviceSet, Name: "fence-device-set", Since: 1, MaxVersion: 1, New: func() any { return new(DeviceSet) }},
 		{Number: kindDeviceDelete, Name: "fence-device-delete", Since: 1, MaxVersion: 1, New: func() any { return new(DeviceDelete) }},
 		{Number: kindWaysSet, Name: "fence-ways-set", Since: 1, MaxVersion: 1, New: func() any { return new(WaysSet) }},

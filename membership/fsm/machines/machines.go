@@ -11,6 +11,7 @@ import (
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/pr"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/settings"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 )
@@ -32,6 +33,7 @@ type View struct {
 	Members  *members.Machine
 	Fencing  *fencing.Machine
 	Storage  *storage.Machine
+	PR       *pr.Machine
 	Settings *settings.Machine
 }
 
@@ -41,13 +43,16 @@ func New(log *zap.Logger) (*Cluster, error) {
 	me := members.New(fe)
 	st := storage.New(me)
 	se := settings.New(me)
+	re := pr.New()
 	fe.Bind(me)
-	me.Bind(st, se)
-	f, err := fsm.New(log, me, fe, st, se)
+	me.Bind(st, se, re)
+	st.Bind(re)
+	re.Bind(st)
+	f, err := fsm.New(log, me, fe, st, re, se)
 	if err != nil {
 		return nil, fmt.Errorf("put state machines together: %w", err)
 	}
-	return &Cluster{FSM: f, v: View{Members: me, Fencing: fe, Storage: st, Settings: se}}, nil
+	return &Cluster{FSM: f, v: View{Members: me, Fencing: fe, Storage: st, PR: re, Settings: se}}, nil
 }
 
 // Read runs fn on a state that stands still. fn must be short, must not call

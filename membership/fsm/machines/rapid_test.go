@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,8 +21,11 @@ import (
 	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/machines"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
+	"github.com/blockhouse-san/blockhouse/membership/fsm/pr"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/settings"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/storage"
+	"github.com/blockhouse-san/blockhouse/scsi"
+	targetpr "github.com/blockhouse-san/blockhouse/target/pr"
 )
 
 const clusterUUID = "3f0e9c3a-7a51-4c1e-9a53-0c5d9b8e2f10"
@@ -88,7 +92,16 @@ func genCommand(t *rapid.T, i int, c *machines.Cluster) fsm.Command {
 			}
 		})
 	}
-	switch r.IntN(50) {
+	switch r.IntN(56) {
+	case 50, 51, 52, 53, 54:
+		q := targetpr.Request{Kind: targetpr.KindOut, SA: []int{scsi.SARegisterAndIgnoreKey, scsi.SAReserve, scsi.SAPreemptAndAbort}[r.IntN(3)], Type: scsi.PRWriteExclusiveRegOnly,
+			Nexus: targetpr.Nexus{ID: scsi.TransportID{Name: newNode(node, 1).InitiatorName}, Port: 1}, Param: &scsi.PROut{Key: 1, NewKey: 1}}
+		if r.IntN(4) == 0 {
+			q = targetpr.Request{Kind: targetpr.KindReserve, Nexus: q.Nexus}
+		}
+		return pr.Change{Node: "n1", Worker: tok, Seq: uint64(i), Volume: vol.Config.UUID, Epoch: max(1, volEpoch), Request: q}
+	case 55:
+		return pr.Barrier{Node: "n1", Worker: tok, Seq: uint64(i), Volume: vol.Config.UUID, Epoch: max(1, volEpoch)}
 	case 46:
 		return fencing.DeviceSet{Device: fencing.Device{Name: tok, Agent: "fence_dummy", Actions: []string{"off"}, Params: map[string]string{"a": req}}, Version: version}
 	case 47:
@@ -423,6 +436,17 @@ func check(t *rapid.T, c *machines.Cluster) {
 					t.Fatalf("generation %d twice or from the future", l.Generation)
 				}
 				gens[l.Generation] = true
+			}
+		}
+		re := v.PR.State()
+		for id, x := range re.Volumes {
+			if st.Volumes[id] == nil {
+				t.Fatalf("reservations of volume %s, which is gone", id)
+			}
+			for _, r := range s.List() {
+				if r.Status == members.Fenced && slices.ContainsFunc(x.Registrations, func(g targetpr.Registration) bool { return g.ID.Name == r.InitiatorName && x.Changed < r.Changed }) {
+					t.Fatalf("%s is fenced and still registered on %s", r.Name, id)
+				}
 			}
 		}
 	})

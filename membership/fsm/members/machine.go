@@ -6,6 +6,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 )
 
@@ -33,10 +34,16 @@ type Users interface {
 
 // Machine is sub-machine 1. It has no lock of its own: fsm.FSM holds one.
 type Machine struct {
-	s      *State
-	fences Fences
-	users  Users
-	config Settings
+	s        *State
+	fences   Fences
+	users    Users
+	config   Settings
+	reserved Reservations
+}
+
+// Reservations is what this machine needs of machine 4.
+type Reservations interface {
+	Purge(index uint64, initiators []string) // the initiators of a fenced node hold nothing any more
 }
 
 // Settings is what this machine needs of machine 8.
@@ -48,7 +55,7 @@ type Settings interface {
 func New(f Fences) *Machine { return &Machine{s: newState(), fences: f} }
 
 // Bind gives the machine the neighbours that need it in turn.
-func (m *Machine) Bind(u Users, c Settings) { m.users, m.config = u, c }
+func (m *Machine) Bind(u Users, c Settings, r Reservations) { m.users, m.config, m.reserved = u, c, r }
 
 // State is a deep copy; call it inside fsm.FSM.View.
 func (m *Machine) State() *State { return m.s.Clone() }
@@ -107,6 +114,9 @@ func (m *Machine) MarkFenced(index uint64, node string, inc uint64) {
 	if r := m.s.Members[node]; r != nil && r.Status == Evicted && r.Incarnation == inc {
 		r.Status = Fenced
 		r.Changed = index
+		if r.InitiatorName != "" {
+			m.reserved.Purge(index, []string{iscsi.NormalizeName(r.InitiatorName)}) // as targets compare names
+		}
 	}
 }
 

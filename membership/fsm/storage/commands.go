@@ -11,8 +11,8 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/blockhouse-san/blockhouse/block/replica"
-	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/iscsi"
+	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/scsi"
 )
 
@@ -189,7 +189,7 @@ func (*Machine) Kinds() []fsm.Kind {
 		row(kindVolumeReady, "volume-ready", func() any { return new(VolumeReady) }),
 		row(kindVolumeCAS, "volume-cas", func() any { return new(VolumeCAS) }),
 		row(kindVolumeRemove, "volume-remove", func() any { return new(VolumeRemove) }),
-		row(kindVolumeRemoved, "volume-removed", func() any { return new(VolumeRemoved) }),
+		{Number: kindVolumeRemoved, Name: "volume-removed", Since: 1, MaxVersion: 1, New: func() any { return new(VolumeRemoved) }, Touches: []fsm.ID{fsm.PR}},
 		row(kindTargetCreate, "target-create", func() any { return new(TargetCreate) }),
 		row(kindTargetDelete, "target-delete", func() any { return new(TargetDelete) }),
 		row(kindLunCreate, "lun-create", func() any { return new(LunCreate) }),

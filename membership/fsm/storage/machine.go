@@ -13,14 +13,32 @@ type Members interface {
 	IsStorage(node string) bool // active member with the storage role
 }
 
-// Machine is sub-machine 3. It has no lock of its own: fsm.FSM holds one.
-type Machine struct {
-	s       *State
-	members Members
+// Reservations is what this machine needs of machine 4.
+type Reservations interface {
+	VolumeGone(uuid string) // the volume was removed: what was reserved on it goes too
 }
 
-// New makes the machine with empty state.
+// Machine is sub-machine 3. It has no lock of its own: fsm.FSM holds one.
+type Machine struct {
+	s        *State
+	members  Members
+	reserved Reservations
+}
+
+// New makes the machine with empty state; Bind comes before the first Apply.
 func New(m Members) *Machine { return &Machine{s: newState(), members: m} }
+
+// Bind gives the machine the neighbour that needs it in turn.
+func (m *Machine) Bind(r Reservations) { m.reserved = r }
+
+// Serving is the primary of a volume and its epoch (pr.Volumes).
+func (m *Machine) Serving(uuid string) (primary string, epoch uint64, ok bool) {
+	v := m.s.Volumes[uuid]
+	if v == nil {
+		return "", 0, false
+	}
+	return v.Config.Primary, v.Config.Epoch, true
+}
 
 // State is a deep copy; call it inside fsm.FSM.View.
 func (m *Machine) State() *State { return m.s.Clone() }
@@ -279,6 +297,7 @@ func (m *Machine) volumeRemoved(index uint64, c *VolumeRemoved) (any, error) {
 	g := &Gone{Name: v.Name, Epoch: v.Config.Epoch, Members: v.Config.Members(), Index: index}
 	m.s.Gone[c.UUID] = g
 	delete(m.s.Volumes, c.UUID)
+	m.reserved.VolumeGone(c.UUID)
 	return cloneGone(g), nil
 }
 
