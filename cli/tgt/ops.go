@@ -1,6 +1,7 @@
 package tgt
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"net/url"
@@ -74,8 +75,8 @@ func (s *session) targetBind(r *request) error {
 	if err != nil {
 		return err
 	}
-	if r.has('B') {
-		return invalid("--bus is for SAS and FC targets; this is iSCSI")
+	if r.has('B') || r.has('H') {
+		return invalid("--bus and --host are for SAS and FC targets; this is iSCSI")
 	}
 	var l api.ACL
 	if n := r.s('Q'); n != "" {
@@ -433,7 +434,11 @@ func (s *session) lldChange(r *request) error {
 	if r.op == "start" {
 		return nil // it runs
 	}
-	return invalid("the iSCSI driver is not stopped from here: systemctl stop clusterd, or --name state --value offline for a target")
+	why := errors.New("the iSCSI driver is not stopped from here: systemctl stop clusterd, or --name state --value offline for a target")
+	if len(s.st.Targets) > 0 {
+		return &failure{"this driver is busy", exitInvalid, why}
+	}
+	return invalid("%w", why)
 }
 
 // sid numbers the sessions of all nodes: those of the first are their TSIH.
@@ -461,20 +466,32 @@ func (s *session) sessions(iqn string) ([]api.Session, error) {
 	return out, nil
 }
 
+// bySID finds a session by its number.
+func (s *session) bySID(iqn string, sid int64) (*api.Session, error) {
+	l, err := s.sessions(iqn)
+	if err != nil {
+		return nil, err
+	}
+	for i := range l {
+		if s.sid(&l[i]) == sid {
+			return &l[i], nil
+		}
+	}
+	return nil, fail("can't find the session")
+}
+
 func (s *session) connDelete(r *request) error {
 	t, err := s.target(r.tid)
 	if err != nil {
 		return err
 	}
-	l, err := s.sessions(t.IQN)
+	x, err := s.bySID(t.IQN, r.sid)
 	if err != nil {
 		return err
 	}
-	for _, x := range l {
-		if s.sid(&x) == r.sid {
-			_, err := api.Delete(s.ctx, s.cl, path(api.PathSessions, x.Node, strconv.Itoa(int(x.TSIH))))
-			return refusal(err, texts{api.CodeNotFound: "can't find the session"})
-		}
+	if r.cid < 0 {
+		return fail("can't find the connection")
 	}
-	return fail("can't find the session")
+	_, err = api.Delete(s.ctx, s.cl, path(api.PathSessions, x.Node, strconv.Itoa(int(x.TSIH))))
+	return refusal(err, texts{api.CodeNotFound: "can't find the session"})
 }

@@ -83,7 +83,7 @@ func (s *session) showTarget(t *api.Target, sess []api.Session) {
 	}
 	s.printf("    I_T nexus information:\n")
 	for _, x := range sess {
-		s.printf("        I_T nexus: %d\n            Initiator: %s alias: \n            Connection: 0\n                IP Address: %s\n", s.sid(&x), x.Initiator, host(x.Address))
+		s.printf("        I_T nexus: %d\n            Initiator: %s alias: none\n            Connection: 0\n                IP Address: %s\n", s.sid(&x), x.Initiator, host(x.Address))
 	}
 	s.printf("    LUN information:\n")
 	if findLUN(t, 0) == nil {
@@ -173,22 +173,24 @@ func (s *session) systemShow(*request) error {
 		return err
 	}
 	s.printf("System:\n    State: ready\n    debug: off\nLLDs:\n    iscsi: ready\nBacking stores:\n    rdwr (bsoflags direct)\nDevice types:\n    disk\n")
-	head := false
+	// Incoming accounts first, as they stand in the daemon's list.
+	var in, out []string
 	for _, a := range as {
 		for _, b := range a.Bindings {
-			if b.Target != "discovery" {
-				continue
-			}
-			if !head {
-				s.printf("    Account information:\n")
-				head = true
-			}
-			if b.Direction == "outgoing" {
-				s.printf("        %s (outgoing)\n", a.Name)
-			} else {
-				s.printf("        %s\n", a.Name)
+			switch {
+			case b.Target != "discovery":
+			case b.Direction == "outgoing":
+				out = append(out, a.Name+" (outgoing)")
+			default:
+				in = append(in, a.Name)
 			}
 		}
+	}
+	if len(in)+len(out) > 0 {
+		s.printf("    Account information:\n\n")
+	}
+	for _, n := range append(in, out...) {
+		s.printf("    %s\n", n)
 	}
 	s.printf("iSNS:\n    iSNS=Off\n    iSNSServerIP=\n    iSNSServerPort=3205\n    iSNSAccessControl=Off\n")
 	return nil
@@ -235,6 +237,11 @@ func (s *session) sessionShow(*request) error {
 	return invalid("tgtadm never showed sessions: use --mode conn --op show --tid N, or clusteradm session list")
 }
 
+const (
+	statHead = "tgt lun sid rd_subm(bytes,cmds) rd_done(bytes,cmds) wr_subm(bytes,cmds) wr_done(bytes,cmds) errs\n"
+	connHead = "sid cid rxdata_octets txdata_octets dataout_pdus datain_pdus cmd_pdus rsp_pdus\n"
+)
+
 // stat prints the header and, of what is not counted in tgtd's units, a dash.
 func (s *session) stat(r *request) error {
 	iqn := ""
@@ -252,29 +259,46 @@ func (s *session) stat(r *request) error {
 	if err != nil {
 		return err
 	}
-	s.printf("tgt lun sid rd_subm(bytes,cmds) rd_done(bytes,cmds) wr_subm(bytes,cmds) wr_done(bytes,cmds) errs\n")
-	for _, x := range l {
-		for _, t := range s.st.Targets {
-			if t.IQN == x.Target && r.mode != "logicalunit" && (r.mode != "session" || s.sid(&x) == r.sid) {
-				s.printf("%3d   - %3d -,- %d,- -,- %d,- -\n", t.TID, s.sid(&x), x.ReadBytes, x.WriteBytes)
-			}
+	s.printf(statHead)
+	for i := range l {
+		if r.mode != "logicalunit" {
+			s.statRow(&l[i])
 		}
 	}
 	return nil
 }
 
+func (s *session) statRow(x *api.Session) {
+	for _, t := range s.st.Targets {
+		if t.IQN == x.Target {
+			s.printf("%3d %3s %3d %12s %6s %12d %6s %12s %6s %12d %6s %4s\n", t.TID, "-", s.sid(x), "-", "-", x.ReadBytes, "-", "-", "-", x.WriteBytes, "-", "-")
+		}
+	}
+}
+
+// connRow counts no PDUs but commands; tgtd prints 0 there.
+func (s *session) connRow(x *api.Session) {
+	s.printf(connHead)
+	s.printf("%3d %3d %13d %13d %12d %11d %8d %8d\n", s.sid(x), 0, x.WriteBytes, x.ReadBytes, 0, 0, x.Commands, 0)
+}
+
+func (s *session) sessionStat(r *request) error {
+	x, err := s.bySID("", r.sid)
+	if err != nil {
+		return err
+	}
+	s.printf(statHead)
+	s.statRow(x)
+	s.printf("\n")
+	s.connRow(x)
+	return nil
+}
+
 func (s *session) connStat(r *request) error {
-	t, err := s.target(r.tid)
+	x, err := s.bySID("", r.sid)
 	if err != nil {
 		return err
 	}
-	l, err := s.sessions(t.IQN)
-	if err != nil {
-		return err
-	}
-	s.printf("sid cid rxdata_octets txdata_octets dataout_pdus datain_pdus cmd_pdus rsp_pdus\n")
-	for _, x := range l {
-		s.printf("%3d   0 %d %d - - %d -\n", s.sid(&x), x.WriteBytes, x.ReadBytes, x.Commands)
-	}
+	s.connRow(x)
 	return nil
 }

@@ -2,6 +2,7 @@ package tgt
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -24,12 +25,14 @@ var tgtadmOptions = []option{
 var modes = map[string]string{"system": "system", "sys": "system", "target": "target", "tgt": "target", "logicalunit": "logicalunit", "lu": "logicalunit",
 	"portal": "portal", "pt": "portal", "session": "session", "sess": "session", "connection": "connection", "conn": "connection", "account": "account", "lld": "lld"}
 
-var ops = []string{"new", "delete", "bind", "unbind", "show", "update", "stat", "start", "stop"}
+// ops stand in the order of their numbers, which one message shows.
+var ops = []string{"new", "delete", "show", "bind", "unbind", "update", "stat", "start", "stop"}
 
 // request is a command line that was understood.
 type request struct {
 	op, mode, lld string
 	given         map[byte]bool // by the letter of the option
+	order         []byte        // the letters as they came
 	val           map[byte]string
 	tid, lun      int // -1: not given
 	sid, cid      int64
@@ -48,9 +51,9 @@ func (d done) Error() string { return d.text }
 func number(o option, s string, limit int64) (int64, error) {
 	n, err := strconv.ParseInt(s, 0, 64)
 	switch {
-	case err != nil && strings.Contains(err.Error(), "out of range"), err == nil && (n < 0 || n > limit):
+	case errors.Is(err, strconv.ErrRange), err == nil && n > limit:
 		return 0, usage("-%c argument value '%s' out of range", o.short, s)
-	case err != nil:
+	case err != nil, n < 0, strings.ContainsAny(s, "_bBoO"): // Go's literals, not C's
 		return 0, usage("-%c argument value '%s' invalid", o.short, s)
 	}
 	return n, nil
@@ -72,7 +75,7 @@ func parse(args []string) (*request, error) {
 		if o.long == "" {
 			return nil, usage("tgtadm: unrecognized option '%s'", p.arg)
 		}
-		r.given[o.short], r.val[o.short] = true, p.arg
+		r.given[o.short], r.val[o.short], r.order = true, p.arg, append(r.order, o.short)
 		var n int64
 		var perr error
 		switch o.short {
@@ -103,9 +106,8 @@ func parse(args []string) (*request, error) {
 			r.sid, perr = number(o, p.arg, math.MaxInt64)
 		case 'c':
 			r.cid, perr = number(o, p.arg, math.MaxInt32)
-		case 'y':
-			n, perr = number(o, p.arg, math.MaxInt32)
-			r.block = int(n)
+		case 'H':
+			_, perr = number(o, p.arg, math.MaxInt32)
 		case 'C':
 			_, perr = number(o, p.arg, math.MaxInt16) // the port of a tgtd: one daemon serves all
 		}
@@ -116,39 +118,96 @@ func parse(args []string) (*request, error) {
 	if err != nil {
 		return nil, err
 	}
-	return r, r.check()
+	if err := r.check(); err != nil {
+		return nil, err
+	}
+	if r.has('y') {
+		n, err := number(option{short: 'y'}, r.s('y'), math.MaxInt32)
+		if err != nil {
+			return nil, err
+		}
+		r.block = int(n)
+	}
+	return r, nil
 }
 
-// allowed are the options of each mode, beside -C -d -L -m -o.
-var allowed = map[string]string{"system": "nv", "target": "tTIQBHnvF", "logicalunit": "tlbEYSfyP", "portal": "P", "session": "ts", "connection": "tsc", "account": "tupOf", "lld": ""}
+// syntax of one operation in one mode, as the client checks it.
+type syntax struct {
+	letters string // of the options that are allowed; "*": any, the daemon judges
+	never   bool   // the operation is not one of the mode
+	text    string // of a letter that is not allowed; empty: notAllowed
+}
 
+const (
+	notAllowed   = "%[1]s mode: option '-%[2]c' is not allowed/supported"
+	notSupported = "option '-%[2]c' not supported in %[1]s mode"
+)
+
+// syntaxes by mode and operation: what is not here is no operation of its mode, and
+// session and connection take anything. Captured from the real tool; the test
+// beside it walks every mode, operation and option.
+var syntaxes = map[string]syntax{
+	"system update": {letters: "nv"}, "system delete": {letters: "*"}, "system show": {letters: "*"}, "system stat": {letters: "*"},
+	"target new": {letters: "tT"}, "target delete": {letters: "tF"}, "target show": {letters: "t"}, "target stat": {letters: "t"},
+	"target bind": {letters: "tIQHB"}, "target unbind": {letters: "tIQHB"}, "target update": {letters: "tnv"},
+	"logicalunit new": {letters: "tlbESfyY"}, "logicalunit delete": {letters: "tl"}, "logicalunit stat": {letters: "tl"},
+	"logicalunit update": {letters: "tlfyP", text: notSupported},
+	"portal new":         {letters: "P"}, "portal delete": {letters: "P"}, "portal show": {text: notSupported},
+	"account new": {letters: "fup"}, "account delete": {letters: "u"}, "account show": {}, "account bind": {letters: "tuO"}, "account unbind": {letters: "tuO"},
+	"lld show": {}, "lld start": {}, "lld stop": {},
+}
+
+func (r *request) syntax() syntax {
+	if r.mode == "session" || r.mode == "connection" {
+		return syntax{letters: "*"}
+	}
+	x, ok := syntaxes[r.mode+" "+r.op]
+	x.never = !ok
+	return x
+}
+
+// check is what the real tool refuses before it asks its daemon, in its order.
 func (r *request) check() error {
 	switch {
 	case r.op == "":
 		return fail("specify the operation type")
 	case r.mode == "":
 		return fail("specify the mode")
-	}
-	needTID := r.mode == "target" && r.op != "show" || r.mode == "logicalunit" || r.mode == "connection"
-	if needTID && r.tid < 0 {
+	case r.tid < 0 && (r.mode == "target" && r.op != "show" || r.mode == "logicalunit"):
 		return fail("'tid' option is necessary")
-	}
-	if r.mode == "logicalunit" && r.lun < 0 {
+	case r.mode == "logicalunit" && r.lun < 0:
 		return fail("'lun' option is necessary")
 	}
-	for _, o := range tgtadmOptions {
-		if r.given[o.short] && !strings.ContainsRune(allowed[r.mode]+"CdLmo", rune(o.short)) {
-			return fail(fmt.Sprintf("%s mode: option '-%c' is not allowed/supported", r.mode, o.short))
+	x := r.syntax()
+	switch {
+	case x.never && r.mode == "lld":
+		return fail(fmt.Sprintf("option %d not supported in lld mode", slices.Index(ops, r.op)))
+	case x.never:
+		return fail(fmt.Sprintf("operation %s not supported in %s mode", r.op, r.mode))
+	case x.text == "":
+		x.text = notAllowed
+	}
+	for _, l := range r.order {
+		if x.letters != "*" && !strings.ContainsRune(x.letters+"CdLmo", rune(l)) {
+			return fail(fmt.Sprintf(x.text, r.mode, l))
 		}
 	}
 	switch r.mode + " " + r.op {
 	case "target new":
-		if r.s('T') == "" {
+		if !r.has('T') {
 			return fail("creating new target requires a name, use --targetname")
 		}
 	case "target bind", "target unbind":
-		if !r.has('I') && !r.has('Q') && !r.has('B') {
+		if !r.has('I') && !r.has('Q') && !r.has('B') && !r.has('H') {
 			return fail(r.op + " operation requires initiator-address, initiator-nameor bus")
+		}
+	case "target update", "system update":
+		if !r.has('n') || !r.has('v') {
+			return fail("update operation requires 'name' and 'value' options")
+		}
+	case "portal new", "portal delete":
+		if !r.has('P') {
+			return fail("you must specify --param portal=<portal>")
 		}
 	case "account new":
 		if !r.has('u') || !r.has('p') {
@@ -156,11 +215,7 @@ func (r *request) check() error {
 		}
 	case "account delete", "account bind", "account unbind":
 		if !r.has('u') {
-			return fail("'user' option is necessary")
-		}
-	case "connection delete":
-		if r.sid < 0 || r.cid < 0 {
-			return fail("'sid' and 'cid' options are necessary")
+			return fail("'user' option is necessary") // the real daemon dies of a delete without
 		}
 	}
 	return nil
@@ -193,7 +248,7 @@ var handlers = map[string]func(*session, *request) error{
 	"system delete": (*session).systemDelete, "portal show": (*session).portalShow, "portal new": (*session).portalChange, "portal delete": (*session).portalChange,
 	"lld show": (*session).lldShow, "lld start": (*session).lldChange, "lld stop": (*session).lldChange,
 	"connection show": (*session).connShow, "connection delete": (*session).connDelete, "connection stat": (*session).connStat,
-	"session show": (*session).sessionShow, "session stat": (*session).stat,
+	"session show": (*session).sessionShow, "session stat": (*session).sessionStat,
 }
 
 func (s *session) do(r *request) error {
@@ -205,7 +260,7 @@ func (s *session) do(r *request) error {
 	}
 	h := handlers[r.mode+" "+r.op]
 	if h == nil {
-		return fail(fmt.Sprintf("operation %s not supported in %s mode", r.op, r.mode))
+		return invalid("there is no operation %s of a %s", r.op, r.mode)
 	}
 	return h(s, r)
 }

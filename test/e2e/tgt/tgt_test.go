@@ -16,6 +16,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/blockhouse-san/blockhouse/initiator"
 	"github.com/blockhouse-san/blockhouse/internal/testproc"
 	"github.com/blockhouse-san/blockhouse/test/e2e/cluster"
 )
@@ -31,6 +32,45 @@ type side struct {
 	dev  string // folder of the backing stores
 	env  []string
 	args []string // before those of a line
+
+	portal string
+	open   *initiator.Session
+}
+
+// login opens a session, which logout ends; it waits until the tools show it or no
+// longer show it.
+func (s *side) login(t *testing.T, iqn string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	d, err := initiator.Login(ctx, s.portal, iqn, initiator.Config{InitiatorName: "iqn.2026-01.org.x:me"})
+	if err != nil {
+		t.Fatalf("login at %s: %v", s.portal, err)
+	}
+	s.open = d
+	s.shown(t, true)
+}
+
+func (s *side) logout(t *testing.T) {
+	t.Helper()
+	if s.open == nil {
+		return
+	}
+	if err := s.open.Close(); err != nil {
+		t.Log(err) // the target may have ended it
+	}
+	s.open = nil
+	s.shown(t, false)
+}
+
+func (s *side) shown(t *testing.T, want bool) {
+	t.Helper()
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if strings.Contains(strings.Join(s.run(t, "tgtadm --op show --mode target"), "\n"), "Connection: ") == want {
+			return
+		}
+	}
+	t.Fatalf("that a session is there is shown: never %v", want)
 }
 
 // run runs a line and gives what it wrote, standard error behind standard output,
@@ -152,7 +192,7 @@ func ours(t *testing.T) (*side, *cluster.Cluster) {
 	if out, err := exec.Command(filepath.Join(cluster.Bin(t), "clusteradm"), "compat", "install", dir).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	return &side{dir: dir, dev: stores(t), env: []string{"BLOCKHOUSE_SOCKET=" + filepath.Join(c.Nodes[0].Run, "clusterd.sock")}}, c
+	return &side{dir: dir, dev: stores(t), portal: c.Nodes[0].IP + ":3260", env: []string{"BLOCKHOUSE_SOCKET=" + filepath.Join(c.Nodes[0].Run, "clusterd.sock")}}, c
 }
 
 // theirs starts a tgtd with a control socket and a portal of its own.
@@ -166,6 +206,7 @@ func theirs(t *testing.T) *side {
 	dir := t.TempDir()
 	s := &side{dir: filepath.Dir(prog), dev: stores(t), env: []string{"TGT_IPC_SOCKET=" + filepath.Join(dir, "s")}, args: []string{"-C", "7799"}}
 	port := testproc.FreePort(t)
+	s.portal = fmt.Sprintf("127.0.0.1:%d", port)
 	p := testproc.Start(t, testproc.Spec{Name: "tgtd", Env: s.env, Grace: time.Millisecond,
 		Args: []string{"tgtd", "-f", "-C", "7799", "--iscsi", fmt.Sprintf("portal=127.0.0.1:%d", port)}})
 	for range 100 {
@@ -204,6 +245,15 @@ func TestBesideTheRealTool(t *testing.T) {
 	our, _ := ours(t)
 	rules := readRules(t)
 	for _, line := range script(t, "beside.script") {
+		if iqn, ok := strings.CutPrefix(line, "@login "); ok {
+			real.login(t, iqn)
+			our.login(t, iqn)
+			continue
+		} else if line == "@logout" {
+			real.logout(t)
+			our.logout(t)
+			continue
+		}
 		a, b := real.run(t, line), our.run(t, line)
 		if apart(t, rules, line, a, b) {
 			continue
