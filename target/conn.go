@@ -264,6 +264,9 @@ func (c *conn) step() error {
 // and leaves every other error as the end of the connection.
 func (c *conn) judge(b *iscsi.BHS, err error) error {
 	var pe *iscsi.ProtocolError
+	if err != nil {
+		c.s.countProtocol(err)
+	}
 	if err == nil || !errors.As(err, &pe) || pe.Fatal || b == nil {
 		return err
 	}
@@ -293,6 +296,7 @@ func (c *conn) consume(h *iscsi.BHS, why iscsi.RejectReason) {
 }
 
 func (c *conn) reject(b *iscsi.BHS, why iscsi.RejectReason) {
+	c.s.stats.rejects.Add(1)
 	h := make([]byte, iscsi.BHSLen, iscsi.BHSLen+iscsi.MaxAHS)
 	copy(h, b[:])
 	h = append(h, c.r.AHS()...)

@@ -73,6 +73,7 @@ type entry struct {
 	gen      uint64
 	lu       *logicalUnit
 	readOnly bool
+	stats    *lunStats
 }
 
 // mediumState is what START STOP UNIT and PREVENT ALLOW change.

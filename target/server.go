@@ -51,6 +51,7 @@ type Server struct {
 
 	guard    *guard
 	buffered atomic.Int64 // bytes of data phases in memory
+	totals   totals
 
 	applyMu sync.Mutex // one Apply, Cut or Close at a time
 
@@ -62,6 +63,7 @@ type Server struct {
 	conns     map[*conn]struct{}
 	lus       map[string]*logicalUnit // by volume
 	local     map[string]*Local       // reservations kept over a removal, by volume
+	stats     map[lunKey]*lunStats
 	cut       map[string]uint64
 	discovery Auth
 	lost      map[pr.Nexus]bool // nexuses whose session was lost, for UA 29/07
@@ -115,7 +117,7 @@ func New(o Options) (*Server, error) {
 	s := &Server{
 		opt: o, log: o.Logger, epoch: time.Now(), stop: make(chan struct{}),
 		nodes: map[string]*node{}, listeners: map[netip.AddrPort]*listener{}, sessions: map[uint16]*session{}, conns: map[*conn]struct{}{},
-		lus: map[string]*logicalUnit{}, local: map[string]*Local{}, cut: map[string]uint64{}, lost: map[pr.Nexus]bool{}, guard: newGuard(),
+		lus: map[string]*logicalUnit{}, local: map[string]*Local{}, stats: map[lunKey]*lunStats{}, cut: map[string]uint64{}, lost: map[pr.Nexus]bool{}, guard: newGuard(),
 	}
 	s.wg.Add(1)
 	go s.watch()
@@ -219,7 +221,7 @@ func (s *Server) Apply(c Config) error {
 		changed, reset := false, false
 		for i := range t.LUNs {
 			l := &t.LUNs[i]
-			e := &entry{num: l.Number, gen: l.Generation, lu: lus[l.Volume], readOnly: l.ReadOnly}
+			e := &entry{num: l.Number, gen: l.Generation, lu: lus[l.Volume], readOnly: l.ReadOnly, stats: s.statsOf(name, l.Number, l.Volume)}
 			o := old[l.Number]
 			switch {
 			case o == nil:
@@ -278,6 +280,7 @@ func (s *Server) Apply(c Config) error {
 		}
 	}
 	s.lus = lus
+	s.dropStats()
 	for _, u := range lus {
 		if size := u.dev.Info().Size; u.size.Swap(size) != size {
 			for n, ss := range byNode {
@@ -652,6 +655,11 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	}
 	for _, u := range units {
 		x.attend(u, code)
+	}
+	if id.Discovery {
+		s.totals.discoveries.Add(1)
+	} else {
+		s.totals.logins.Add(1)
 	}
 	x.log.Info("session started", zap.Stringer("isid", x.isid), zap.Bool("discovery", id.Discovery))
 	return tsih, iscsi.StatusSuccess

@@ -32,8 +32,8 @@ type session struct {
 	conn   *conn
 	in     map[*logicalUnit]Incarnation // of each gate when the session was admitted; guarded by mu
 	log    *zap.Logger
-	stats  counters
-	lost   sync.Once // nexus loss was done
+	stats  sessionStats // its map is guarded by mu
+	lost   sync.Once    // nexus loss was done
 	copies copyResults
 
 	// attentions is the number of queued unit attentions, so that the path of
@@ -89,10 +89,6 @@ func (l *limits) sendLimit(n int) int {
 	return n
 }
 
-type counters struct {
-	commands, reads, writes, readBytes, writeBytes, errors atomic.Uint64
-}
-
 // maxImmediate bounds immediate commands in progress (Reject 06h above it).
 const maxImmediate = 64
 
@@ -107,22 +103,25 @@ type SessionInfo struct {
 	Since                             time.Time
 	Params                            iscsi.Params
 	Tasks                             int // commands in progress
+	Connections                       int
 
-	Commands, Reads, Writes, ReadBytes, WriteBytes, Errors uint64
+	IOStats
+	// DigestErrors, Retransmits (answers to SNACK) and Rejects count PDUs.
+	DigestErrors, Retransmits, Rejects uint64
 }
 
 func (s *session) info() SessionInfo {
 	i := SessionInfo{
 		Initiator: s.name, InitiatorAlias: s.alias, ISID: s.isid, TSIH: s.tsih, User: s.user, Discovery: s.tgt == nil,
 		Remote: s.conn.remote, Local: s.conn.local, Since: s.since, Params: s.params,
-		Commands: s.stats.commands.Load(), Reads: s.stats.reads.Load(), Writes: s.stats.writes.Load(),
-		ReadBytes: s.stats.readBytes.Load(), WriteBytes: s.stats.writeBytes.Load(), Errors: s.stats.errors.Load(),
+		Connections: 1, DigestErrors: s.stats.digests.Load(), Retransmits: s.stats.retransmits.Load(), Rejects: s.stats.rejects.Load(),
 	}
 	if s.tgt != nil {
 		i.Target = s.tgt.iqn
 	}
 	s.mu.Lock()
 	i.Tasks = s.running
+	i.IOStats = s.stats.sum()
 	s.mu.Unlock()
 	return i
 }
@@ -270,6 +269,7 @@ func (s *session) add(t *task) (ok, tooMany bool) {
 	}
 	s.tasks[t.itt] = t
 	s.running++
+	t.begin()
 	return true, false
 }
 
@@ -346,6 +346,7 @@ func (s *session) end(why error) {
 	s.conn.shut(why)
 	s.abort(func(*task) bool { return true }, func() {
 		s.lose()
+		s.retireStats()
 		s.srv.forget(s) // on the list until then: a new login of the nexus waits for it
 		s.log.Info("session ended", zap.NamedError("cause", why))
 		close(s.drained)

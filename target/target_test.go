@@ -720,7 +720,7 @@ func TestResetSessions(t *testing.T) {
 	c := b.ready(loginOpt{name: "iqn.2026-01.net.host:c"})
 	c.do(0, scsi.Read(0, 2), nil, 1024)
 	ss := b.srv.Sessions()
-	if len(ss) != 2 || ss[1].Initiator != "iqn.2026-01.net.host:c" || ss[1].ReadBytes != 1024 || ss[1].Reads != 1 || ss[1].Target != testIQN {
+	if len(ss) != 2 || ss[1].Initiator != "iqn.2026-01.net.host:c" || ss[1].ReadBytes != 1024 || ss[1].Reads() != 1 || ss[1].Target != testIQN {
 		t.Errorf("%+v", ss)
 	}
 	if n := b.srv.ResetSessions(func(i SessionInfo) bool { return i.Initiator == "iqn.2026-01.net.host:a" }); n != 1 {

@@ -41,6 +41,9 @@ type task struct {
 	bad error // of CDB decoding
 	h   *handler
 
+	st    *ioStats // counts it
+	since int64    // ns since the server's start, when it was read off the connection
+
 	// Data-Out. buf holds the first want bytes of what the initiator sends; the
 	// rest up to edtl is received and dropped.
 	buf     *block.Buf
@@ -120,6 +123,7 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	}
 	t := &task{
 		s: s, c: c, itt: p.ITT, immediate: p.Immediate, final: p.Final, read: p.Read, write: p.Write, edtl: p.EDTL, wireLUN: p.LUN,
+		since: c.lastRead.Load(),
 	}
 	t.prepare(&p)
 	if ok, tooMany := s.add(t); !ok {
@@ -135,7 +139,6 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	if t.ent != nil && s.tgt.entry(t.ent.num) != t.ent {
 		t.ent, t.lu, t.want = nil, nil, 0
 	}
-	s.stats.commands.Add(1)
 	delete(c.tombs, t.itt)
 	if imm > 0 {
 		if err := t.receive(0, imm); err != nil {
@@ -549,8 +552,11 @@ func (t *task) run(ctx context.Context) {
 
 // finish takes the task out of its session once; it tells whether a response
 // may be sent, and what to call afterwards.
-func (t *task) finish() (first, answer bool, ends []func()) {
+//
+// With a nil outcome the task ends without a status.
+func (t *task) finish(o *outcome) (first, answer bool, ends []func()) {
 	s := t.s
+	now := s.srv.now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if t.state == stateDone {
@@ -565,7 +571,14 @@ func (t *task) finish() (first, answer bool, ends []func()) {
 	}
 	s.running--
 	s.srv.unreserve(t.held)
-	return true, !t.aborted && !s.ended, t.ends
+	answer = o != nil && !t.aborted && !s.ended
+	// Before the session can end: what it counted is added up then.
+	if answer {
+		t.account(o, now)
+	} else if t.st != nil {
+		t.st.aborted.Add(1)
+	}
+	return true, answer, t.ends
 }
 
 func (t *task) unlock() {
@@ -578,7 +591,7 @@ func (t *task) unlock() {
 
 // end finishes a task without a response.
 func (t *task) end() {
-	first, _, ends := t.finish()
+	first, _, ends := t.finish(nil)
 	if !first {
 		return
 	}
@@ -592,7 +605,7 @@ func (t *task) end() {
 
 // respond finishes a task with a response, unless it was aborted.
 func (t *task) respond(o outcome) {
-	first, answer, ends := t.finish()
+	first, answer, ends := t.finish(&o)
 	if !first {
 		return
 	}
@@ -612,12 +625,10 @@ func (t *task) respond(o outcome) {
 }
 
 func (t *task) send(o outcome) {
-	st := &t.s.stats
 	r := response{scsi: true, itt: t.itt, status: uint8(o.status), dataSN: t.r2tSN}
 	if o.sense != nil {
 		desc := t.lu != nil && t.lu.mode.descriptorSense()
 		r.data = iscsi.AppendSense(nil, o.sense.Bytes(desc), nil)
-		st.errors.Add(1)
 	}
 	// Residual (§11.4.5): what the command would move against what the initiator
 	// expects to move in that direction.
@@ -633,10 +644,6 @@ func (t *task) send(o outcome) {
 			}
 		}
 		r.in, r.buf = o.data[:n], o.buf
-		if t.cdb.Cmd.Effect == scsi.EffectRead {
-			st.reads.Add(1)
-			st.readBytes.Add(n)
-		}
 		if n == 0 {
 			o.buf.Free()
 			r.buf = nil
@@ -645,10 +652,6 @@ func (t *task) send(o outcome) {
 		moved = t.transferLength()
 		if o.status != scsi.StatusGood && o.status != scsi.StatusConditionMet {
 			moved = min(moved, uint64(t.edtl))
-		}
-		if t.cdb.Cmd.Effect == scsi.EffectWrite {
-			st.writes.Add(1)
-			st.writeBytes.Add(uint64(t.want))
 		}
 	}
 	if o.status == scsi.StatusCheckCondition && t.dataDirection() == scsi.DirIn {
