@@ -98,7 +98,33 @@ var (
 	ErrFlushFailed = fmt.Errorf("%w: an earlier flush failed", ErrMedium)     // 03/0C/00, sticky
 	ErrClosed      = errors.New("device is closed")                           // 02/04/0C
 	ErrFenced      = errors.New("epoch of the writer is older than promised") // session reset
+	// ErrUnreachable: the backend does not answer now and may later. Nothing that
+	// was acknowledged is in doubt.
+	ErrUnreachable = errors.New("the backing store does not answer") // 02/04/0C
 )
+
+// Failer is a device that can be lost for good while it is open: after a failed
+// flush, or when the connection to its backend broke with acknowledged writes
+// unflushed. Failed is nil until then; it never becomes nil again.
+type Failer interface{ Failed() error }
+
+// Wrapper is a device on top of another.
+type Wrapper interface{ Inner() Device }
+
+// Failed asks d, or the first device under it that can tell.
+func Failed(d Device) error {
+	for d != nil {
+		if f, ok := d.(Failer); ok {
+			return f.Failed()
+		}
+		w, ok := d.(Wrapper)
+		if !ok {
+			return nil
+		}
+		d = w.Inner()
+	}
+	return nil
+}
 
 // Check returns ErrMisaligned or ErrOutOfRange for a range that i does not hold.
 func (i Info) Check(off, n int64) error {

@@ -194,7 +194,7 @@ func senseOf(err error, e scsi.Effect) *scsi.Sense {
 		return code(scsi.NotReady, scsi.ASCTransition)
 	case errors.Is(err, ErrStandby):
 		return code(scsi.NotReady, scsi.ASCStandby)
-	case errors.Is(err, ErrUnavailable), errors.Is(err, block.ErrClosed):
+	case errors.Is(err, ErrUnavailable), errors.Is(err, block.ErrClosed), errors.Is(err, block.ErrUnreachable):
 		return code(scsi.NotReady, scsi.ASCUnavailable)
 	case errors.Is(err, block.ErrNoSpace):
 		return code(scsi.DataProtect, scsi.ASCSpaceAllocationFailed)

@@ -76,6 +76,9 @@ func (d *Device) Hits() int {
 	return d.hits
 }
 
+// Inner is the store under the faults (block.Wrapper).
+func (d *Device) Inner() block.Device { return d.Device }
+
 func (d *Device) hit(op Op, off, n int64) (r Rule) {
 	d.mu.Lock()
 	for _, x := range d.rules {

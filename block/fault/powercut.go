@@ -28,6 +28,9 @@ func NewPowerCut(inner block.Device) *PowerCut {
 	return &PowerCut{inner: inner, cache: map[int64][]version{}}
 }
 
+// Inner is the store under the cache (block.Wrapper).
+func (d *PowerCut) Inner() block.Device { return d.inner }
+
 // Info is the inner store's with a write cache.
 func (d *PowerCut) Info() block.Info {
 	i := d.inner.Info()

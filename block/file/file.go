@@ -450,6 +450,9 @@ func (s *File) writable(off, n int64) error {
 	return s.failed()
 }
 
+// Failed is the sticky error of a failed flush (block.Failer).
+func (s *File) Failed() error { return s.failed() }
+
 // failed returns the sticky error. A store whose flush failed takes no more
 // writes either: they could not be made durable.
 func (s *File) failed() error {
