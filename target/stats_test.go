@@ -88,6 +88,8 @@ func TestStats(t *testing.T) {
 	a.send(run, make([]byte, 512))
 	waitFor(t, func() bool { return f.Hits() == hits+1 })
 	_ = a.nc.Close()
+	x := b.srv.list()[0]
+	waitFor(t, func() bool { x.mu.Lock(); defer x.mu.Unlock(); return x.ended })
 	close(hold)
 	waitFor(t, func() bool { return len(b.srv.Sessions()) == 1 })
 	e := b.srv.Stats().LUNs[0]
