@@ -61,6 +61,7 @@ type File struct {
 	direct   bool
 	memAlign int
 	blockDev bool
+	discards discards // of a block device
 	log      *zap.Logger
 	info     atomic.Pointer[block.Info]
 	flushErr atomic.Pointer[error]
@@ -141,7 +142,15 @@ func Open(path string, o Options) (*File, error) {
 	if o.ReadOnly {
 		mode = os.O_RDONLY
 	}
+	// A block device that is mounted, or a part of another device, is refused by
+	// the kernel itself.
+	if st, err := os.Stat(path); err == nil && isBlock(st.Mode()) {
+		mode |= os.O_EXCL
+	}
 	f, err := os.OpenFile(path, mode|syscall.O_CLOEXEC, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return nil, fmt.Errorf("open store %s: %w", path, inUse(path))
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
@@ -177,17 +186,13 @@ func open(f *os.File, path string, o Options) (*File, error) {
 	case st.Mode().IsRegular():
 		info.Size = st.Size()
 		info.Caps.Thin, info.Caps.UnmapZeroes = s.canPunch(info.Size, o.ReadOnly), true
-	case st.Mode()&fs.ModeDevice != 0 && st.Mode()&fs.ModeCharDevice == 0:
-		s.blockDev = true
-		if info.Size, err = deviceSize(fd); err != nil {
+	case isBlock(st.Mode()):
+		sys, ok := st.Sys().(*syscall.Stat_t)
+		if !ok {
+			return nil, fmt.Errorf("stat gives %T", st.Sys())
+		}
+		if err := s.openDevice(&info, sys); err != nil {
 			return nil, err
-		}
-		lbs, err := unix.IoctlGetInt(fd, unix.BLKSSZGET)
-		if err != nil {
-			return nil, fmt.Errorf("logical block size: %w", err)
-		}
-		if lbs > o.BlockSize {
-			return nil, fmt.Errorf("the device has blocks of %d bytes, larger than the block size %d", lbs, o.BlockSize)
 		}
 	default:
 		return nil, fmt.Errorf("neither a regular file nor a block device (%s)", st.Mode().Type())
@@ -203,6 +208,8 @@ func open(f *os.File, path string, o Options) (*File, error) {
 	}
 	return s, nil
 }
+
+func isBlock(m fs.FileMode) bool { return m&fs.ModeDevice != 0 && m&fs.ModeCharDevice == 0 }
 
 func deviceSize(fd int) (int64, error) {
 	n, err := unix.Seek(fd, 0, unix.SEEK_END)
@@ -503,13 +510,15 @@ func (s *File) Flush(ctx context.Context) error {
 
 // Unmap punches a hole, or writes zeroes where the file system cannot.
 func (s *File) Unmap(ctx context.Context, off, n int64) error {
-	return s.zero(ctx, "unmap", off, n, block.MayUnmap)
+	return s.zero(ctx, opUnmap, off, n, block.MayUnmap)
 }
 
 // WriteZeroes makes the range read as zeroes.
 func (s *File) WriteZeroes(ctx context.Context, off, n int64, fl block.Flags) error {
 	return s.zero(ctx, "write zeroes", off, n, fl)
 }
+
+const opUnmap = "unmap"
 
 var zeroes = block.Alloc(1 << 20)
 
@@ -524,11 +533,18 @@ func (s *File) zero(ctx context.Context, op string, off, n int64, fl block.Flags
 	if n == 0 {
 		return nil
 	}
-	mode := uint32(unix.FALLOC_FL_ZERO_RANGE | unix.FALLOC_FL_KEEP_SIZE)
-	if fl&block.MayUnmap != 0 && s.Info().Caps.Thin {
-		mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+	var err error
+	switch thin := fl&block.MayUnmap != 0 && s.Info().Caps.Thin; {
+	case thin && s.blockDev && (s.discards.zeroes || op == opUnmap):
+		err = s.unmapDevice(off, n)
+		if unsupported(err) && !s.discards.zeroes {
+			err = nil // a part of a granule: it stays as it is, which Unmap may
+		}
+	case thin && !s.blockDev:
+		err = fallocate(s.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	default:
+		err = fallocate(s.fd, unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 	}
-	err := fallocate(s.fd, mode, off, n)
 	for done := int64(0); unsupported(err) && done < n; {
 		c := min(n-done, int64(len(zeroes)))
 		if e := s.write(zeroes[:c], off+done, false); e != nil {
