@@ -37,7 +37,7 @@ var TargetParams = []TargetParam{
 	{Name: "DefaultTime2Retain", Default: "0", Max: 3600},
 	{Name: "OFMarkInt", Default: "Reject", Values: []string{"Reject"}},
 	{Name: "IFMarkInt", Default: "Reject", Values: []string{"Reject"}},
-	{Name: "MaxConnections", Default: "1", Min: 1, Max: 65535},
+	{Name: "MaxConnections", Default: "8", Min: 1, Max: 65535},
 	{Name: "RDMAExtensions", Default: "No", Values: []string{"No"}},
 	{Name: "TargetRecvDataSegmentLength", Default: "262144", Min: 512, Max: 16777215},
 	{Name: "InitiatorRecvDataSegmentLength", Default: "262144", Min: 512, Max: 16777215},

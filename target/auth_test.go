@@ -24,7 +24,9 @@ func (c *client) loginWith(cfg iscsi.InitiatorLoginConfig) error {
 	if cfg.TargetName == "" && !cfg.Discovery {
 		cfg.TargetName = testIQN
 	}
-	cfg.Want = iscsi.DefaultWant()
+	if cfg.Want.MaxRecv == 0 {
+		cfg.Want = iscsi.DefaultWant()
+	}
 	m := iscsi.NewInitiatorLogin(cfg)
 	req, data := m.Start()
 	for {

@@ -99,7 +99,7 @@ type loginOpt struct {
 	isid         iscsi.ISID
 	discovery    bool
 	keys         []iscsi.Pair
-	tsih         uint16
+	tsih, cid    uint16
 }
 
 func dial(t testing.TB, addr string) *client {
@@ -131,7 +131,7 @@ func (c *client) tryLogin(o loginOpt) iscsi.LoginStatus {
 		keys = append(keys, iscsi.Pair{Key: iscsi.KeyTargetName, Value: o.target})
 	}
 	keys = append(keys, o.keys...)
-	c.send(&iscsi.LoginRequest{Transit: true, CSG: iscsi.StageOperational, NSG: iscsi.StageFull, ISID: o.isid, TSIH: o.tsih, ITT: 1, CmdSN: c.cmdSN}, iscsi.AppendText(nil, keys))
+	c.send(&iscsi.LoginRequest{Transit: true, CSG: iscsi.StageOperational, NSG: iscsi.StageFull, ISID: o.isid, TSIH: o.tsih, CID: o.cid, ITT: 1, CmdSN: c.cmdSN}, iscsi.AppendText(nil, keys))
 	b, data, err := c.recv()
 	if err != nil {
 		c.t.Fatalf("login: %v", err)

@@ -298,10 +298,11 @@ const (
 )
 
 // DefaultWant are the limits of a server that is not told others: those of
-// iscsi.DefaultWant, and no time to retain a session for a task reassignment, of
-// which there is none below error recovery level 2.
+// iscsi.DefaultWant, several connections a session, and no time to retain a session
+// for a task reassignment, of which there is none below error recovery level 2.
 func DefaultWant() iscsi.Want {
 	w := iscsi.DefaultWant()
+	w.MaxConnections = 8
 	w.DefaultTime2Retain = 0
 	w.ErrorRecoveryLevel = maxRecoveryLevel
 	return w

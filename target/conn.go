@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,22 +40,36 @@ type conn struct {
 	cause  error // set before closed is closed
 	wake   chan struct{}
 
-	loginCID uint16
+	cid                      uint16    // set at login, with what follows
+	since                    time.Time // end of login
+	headerDigest, dataDigest bool
+	track                    bool // acked is kept: there may be other connections
 
 	lastRead atomic.Int64 // ns since the server's start
 	pinged   atomic.Int64 // when an unanswered NOP-In was sent, 0 = none
 
 	challenges [][]byte // CHAP challenges sent during login
 
-	// Of the reader.
-	tombs   map[uint32]struct{} // tags whose stray Data-Out is dropped silently
-	text    iscsi.TextBuffer
-	textOut iscsi.TextQueue
-	textTTT uint32
-	nextTTT uint32
-	neg     *iscsi.Negotiator
-	// noInline: what is given to the device server now must not run on the reader.
-	noInline bool
+	tombs   map[uint32]struct{} // tags whose stray Data-Out is dropped silently; guarded by s.mu
+	nextTTT atomic.Uint32
+
+	// text guards a text negotiation: its turn may come on another reader.
+	text struct {
+		sync.Mutex
+		in  iscsi.TextBuffer
+		out iscsi.TextQueue
+		ttt uint32
+		neg *iscsi.Negotiator
+	}
+
+	// acks are who waits for ExpStatSN; acked is the last one received.
+	acks struct {
+		sync.Mutex
+		list   []*fence
+		closed bool
+	}
+	waiting atomic.Int32 // len(acks.list)
+	acked   atomic.Uint32
 
 	// role passes the reader's role on, see inline.
 	role struct {
@@ -85,8 +100,9 @@ const maxPending = 16 << 20
 func newConn(srv *Server, nc net.Conn) *conn {
 	c := &conn{
 		srv: srv, nc: nc, closed: make(chan struct{}), wake: make(chan struct{}, 1),
-		src: bufio.NewReaderSize(nc, 64<<10), tombs: map[uint32]struct{}{}, textTTT: iscsi.ReservedTag,
+		src: bufio.NewReaderSize(nc, 64<<10), tombs: map[uint32]struct{}{},
 	}
+	c.text.ttt = iscsi.ReservedTag
 	c.remote, c.local = addrPort(nc.RemoteAddr()), addrPort(nc.LocalAddr())
 	c.r = iscsi.NewReader(c.src, iscsi.DefaultMaxRecv)
 	c.w = iscsi.NewWriter(nc, iscsi.DefaultMaxRecv)
@@ -148,7 +164,7 @@ func (c *conn) serve() {
 			c.log.Info("login failed", zap.Error(err))
 		}
 		if c.s != nil {
-			c.s.end(err)
+			c.s.detach(c, err, nil)
 		}
 		c.srv.dropConn(c)
 		return
@@ -188,13 +204,16 @@ func (c *conn) login() error {
 			c.authOutcome(st.Err, m.Identity().User)
 		}
 		if st.Done {
-			// The session exists: CmdSN of the login request is the next expected
-			// (login requests are immediate).
-			c.s.mu.Lock()
-			c.s.expCmdSN = req.CmdSN
-			c.s.maxCmdSN = req.CmdSN.Add(uint32(c.s.limits.depth)) - 1
-			st.Resp.MaxCmdSN = c.s.maxCmdSN
-			c.s.mu.Unlock()
+			c.text.neg, c.statSN = m.Negotiator(), m.StatSN()
+			if req.TSIH == 0 {
+				// The session exists: CmdSN of the login request is the next expected
+				// (login requests are immediate).
+				c.s.mu.Lock()
+				c.s.expCmdSN = req.CmdSN
+				c.s.maxCmdSN = req.CmdSN.Add(uint32(c.s.limits.depth)) - 1
+				c.s.mu.Unlock()
+			}
+			st.Resp.ExpCmdSN, st.Resp.MaxCmdSN = c.s.window()
 		}
 		if err := c.w.Append(&st.Resp, st.Data); err != nil {
 			return err
@@ -207,10 +226,8 @@ func (c *conn) login() error {
 		}
 		if st.Done {
 			p := m.Params()
-			c.neg, c.statSN = m.Negotiator(), m.StatSN()
 			c.r.MaxData, c.r.HeaderDigest, c.r.DataDigest = p.MaxRecv, p.HeaderDigest, p.DataDigest
 			c.w.MaxData, c.w.HeaderDigest, c.w.DataDigest = c.s.limits.sendLimit(p.MaxSend), p.HeaderDigest, p.DataDigest
-			c.lastRead.Store(c.srv.now())
 			return c.nc.SetDeadline(time.Time{})
 		}
 	}
@@ -236,7 +253,7 @@ func (c *conn) read() {
 			}
 		}
 		c.flush()
-		c.s.end(err)
+		c.s.detach(c, err, nil)
 		c.srv.dropConn(c)
 		return
 	}
@@ -256,6 +273,9 @@ func (c *conn) step() error {
 	c.lastRead.Store(c.srv.now())
 	if err != nil {
 		return c.judge(b, err)
+	}
+	if c.track {
+		c.acknowledge(b.ExpStatSN())
 	}
 	return c.judge(b, c.dispatch(b))
 }
@@ -290,16 +310,19 @@ func (c *conn) consume(h *iscsi.BHS, why iscsi.RejectReason) {
 	switch h.Opcode() {
 	case iscsi.OpNopOut, iscsi.OpScsiCommand, iscsi.OpTaskMgmtReq, iscsi.OpTextReq, iscsi.OpLogoutReq:
 		if !h.Immediate() {
-			c.s.order(h.CmdSN(), false, func() {})
+			c.s.order(turn{c: c, f: func() {}}, h.CmdSN(), false)
 		}
 	}
 }
 
-func (c *conn) reject(b *iscsi.BHS, why iscsi.RejectReason) {
+func (c *conn) reject(b *iscsi.BHS, why iscsi.RejectReason) { c.rejectPDU(b, c.r.AHS(), why) }
+
+// rejectPDU is reject of a PDU that the reader has left behind.
+func (c *conn) rejectPDU(b *iscsi.BHS, ahs []byte, why iscsi.RejectReason) {
 	c.s.stats.rejects.Add(1)
 	h := make([]byte, iscsi.BHSLen, iscsi.BHSLen+iscsi.MaxAHS)
 	copy(h, b[:])
-	h = append(h, c.r.AHS()...)
+	h = append(h, ahs...)
 	c.log.Debug("PDU rejected", zap.Stringer("opcode", b.Opcode()), zap.Stringer("reason", why))
 	c.queue(response{pdu: &iscsi.Reject{Reason: why}, data: h})
 }
@@ -379,9 +402,9 @@ func (c *conn) onNop(b *iscsi.BHS) error {
 		return err
 	}
 	data = data[:min(len(data), c.w.MaxData)]
-	c.s.order(p.CmdSN, p.Immediate, func() {
+	c.s.order(turn{c: c, f: func() {
 		c.queue(response{pdu: &iscsi.NopIn{LUN: 0, ITT: p.ITT, TTT: iscsi.ReservedTag}, data: data})
-	})
+	}}, p.CmdSN, p.Immediate)
 	return nil
 }
 
@@ -390,28 +413,52 @@ func (c *conn) onLogout(b *iscsi.BHS) error {
 	if err := p.Decode(b); err != nil {
 		return err
 	}
-	c.s.order(p.CmdSN, p.Immediate, func() {
-		resp := &iscsi.LogoutResponse{ITT: p.ITT}
-		switch p.Reason {
-		case iscsi.LogoutConnection:
-			if p.CID != c.loginCID {
-				resp.Response = iscsi.LogoutCIDNotFound
-				c.queue(response{pdu: resp})
-				return
-			}
-		case iscsi.LogoutRecovery:
-			resp.Response = iscsi.LogoutNoRecovery
-			c.queue(response{pdu: resp})
-			return
+	c.s.order(turn{c: c, f: func() { c.logout(&p) }}, p.CmdSN, p.Immediate)
+	return nil
+}
+
+// logout closes the session or one of its connections. What is in progress there ends
+// before the response (RFC 7143 11.14).
+func (c *conn) logout(p *iscsi.LogoutRequest) {
+	s := c.s
+	resp := &iscsi.LogoutResponse{ITT: p.ITT, Time2Wait: uint16(s.params.DefaultTime2Wait)}
+	answer := func(r iscsi.LogoutResult) {
+		resp.Response = r
+		c.queue(response{pdu: resp})
+		c.kick()
+	}
+	if p.Reason == iscsi.LogoutRecovery { // it takes error recovery level 2
+		answer(iscsi.LogoutNoRecovery)
+		return
+	}
+	s.mu.Lock()
+	all := p.Reason == iscsi.LogoutSession
+	var x *conn
+	if !all {
+		if i := slices.IndexFunc(s.conns, func(o *conn) bool { return o.cid == p.CID }); i >= 0 {
+			x = s.conns[i]
+			all = len(s.conns) == 1
 		}
-		// Everything in progress ends before the response (§11.14).
-		c.s.abort(func(*task) bool { return true }, func() {
-			c.s.lose()
+	}
+	s.leaving = s.leaving || all
+	s.mu.Unlock()
+	switch {
+	case all:
+		s.abort(func(*task) bool { return true }, func() {
+			s.lose()
 			c.queue(response{pdu: resp, last: true})
 			c.kick()
 		})
-	})
-	return nil
+	case x == nil:
+		answer(iscsi.LogoutCIDNotFound)
+	case x == c:
+		s.abort(func(t *task) bool { return t.c == c }, func() {
+			c.queue(response{pdu: resp, last: true})
+			c.kick()
+		})
+	default:
+		s.detach(x, errLoggedOut, func() { answer(iscsi.LogoutClosed) })
+	}
 }
 
 // onText answers SendTargets and renegotiates MaxRecvDataSegmentLength.
@@ -427,77 +474,92 @@ func (c *conn) onText(b *iscsi.BHS) error {
 	if err != nil {
 		return err
 	}
-	var verdict error
-	c.s.order(p.CmdSN, p.Immediate, func() { verdict = c.textStep(&p, data) })
-	return verdict
+	h := *b
+	c.s.order(turn{c: c, f: func() {
+		if why := c.textStep(&p, data); why != 0 {
+			c.rejectPDU(&h, nil, why)
+		}
+	}}, p.CmdSN, p.Immediate)
+	return nil
 }
 
-func (c *conn) textStep(p *iscsi.TextRequest, data []byte) error {
-	bad := func(why iscsi.RejectReason, s string) error {
-		c.text, c.textOut, c.textTTT = iscsi.TextBuffer{}, iscsi.TextQueue{}, iscsi.ReservedTag
-		return &iscsi.ProtocolError{Reason: why, Opcode: iscsi.OpTextReq, Why: s}
+// textStep answers a text request, or says why it is to be rejected.
+func (c *conn) textStep(p *iscsi.TextRequest, data []byte) iscsi.RejectReason {
+	c.text.Lock()
+	defer c.text.Unlock()
+	x := &c.text
+	reset := func() { x.in, x.out, x.ttt = iscsi.TextBuffer{}, iscsi.TextQueue{}, iscsi.ReservedTag }
+	bad := func(why iscsi.RejectReason, s string) iscsi.RejectReason {
+		reset()
+		c.log.Debug("bad text request", zap.String("why", s))
+		return why
 	}
-	if p.TTT != iscsi.ReservedTag && p.TTT != c.textTTT {
+	if p.TTT != iscsi.ReservedTag && p.TTT != x.ttt {
 		return bad(iscsi.RejectInvalidField, "target transfer tag is not one of ours")
 	}
 	if p.TTT == iscsi.ReservedTag { // a new exchange resets what was open (§11.10.4)
-		c.text, c.textOut, c.textTTT = iscsi.TextBuffer{}, iscsi.TextQueue{}, iscsi.ReservedTag
+		reset()
 	}
-	if c.textOut.Empty() {
-		pairs, err := c.text.Add(data, p.Continue)
+	if x.out.Empty() {
+		pairs, err := x.in.Add(data, p.Continue)
 		if err != nil {
 			return bad(iscsi.RejectProtocolError, err.Error())
 		}
 		if p.Continue {
-			c.textTTT = c.ttt()
-			c.queue(response{pdu: &iscsi.TextResponse{ITT: p.ITT, TTT: c.textTTT}})
-			return nil
+			x.ttt = c.ttt()
+			c.queue(response{pdu: &iscsi.TextResponse{ITT: p.ITT, TTT: x.ttt}})
+			return 0
 		}
 		var rest []iscsi.Pair
 		for _, kv := range pairs {
 			if kv.Key == iscsi.KeySendTargets {
-				c.textOut.Put(c.srv.sendTargets(c, kv.Value)...)
+				x.out.Put(c.srv.sendTargets(c, kv.Value)...)
 			} else {
 				rest = append(rest, kv)
 			}
 		}
-		reply, err := c.neg.Receive(rest)
+		reply, err := x.neg.Receive(rest)
 		if err != nil {
 			return bad(iscsi.RejectProtocolError, err.Error())
 		}
-		c.textOut.Put(reply...)
-		np := c.neg.Params()
+		x.out.Put(reply...)
+		np := x.neg.Params()
 		c.flushing.Lock()
 		c.w.MaxData = c.s.limits.sendLimit(np.MaxSend)
 		c.flushing.Unlock()
 	} else if len(data) > 0 {
 		return bad(iscsi.RejectProtocolError, "text in a request that has to fetch the rest of a response")
 	}
-	seg, more := c.textOut.Next(c.w.MaxData)
+	c.flushing.Lock()
+	limit := c.w.MaxData
+	c.flushing.Unlock()
+	seg, more := x.out.Next(limit)
 	resp := &iscsi.TextResponse{Final: !more && p.Final, Continue: more, ITT: p.ITT, TTT: iscsi.ReservedTag}
-	c.textTTT = iscsi.ReservedTag
+	x.ttt = iscsi.ReservedTag
 	if !resp.Final {
-		c.textTTT = c.ttt()
-		resp.TTT = c.textTTT
+		x.ttt = c.ttt()
+		resp.TTT = x.ttt
 	}
 	c.queue(response{pdu: resp, data: seg})
-	return nil
+	return 0
 }
 
 // ttt makes a target transfer tag.
 func (c *conn) ttt() uint32 {
-	c.nextTTT++
-	if c.nextTTT == iscsi.ReservedTag {
-		c.nextTTT = 1
+	n := c.nextTTT.Add(1)
+	if n >= pingTTT {
+		c.nextTTT.Store(1)
+		n = 1
 	}
-	return c.nextTTT
+	return n
 }
 
 // response is something to send. Numbers are given when it is encoded.
 type response struct {
-	pdu  iscsi.PDU // anything but the kinds below
-	data []byte    // its data segment, owned by the response
-	last bool      // close after it
+	pdu   iscsi.PDU // anything but the kinds below
+	data  []byte    // its data segment, owned by the response
+	last  bool      // close after it
+	fence *fence    // armed when this is sent
 
 	// SCSI response with Data-In in front.
 	scsi        bool
@@ -638,6 +700,9 @@ func (c *conn) encode(o *response) error {
 			c.statSN++
 		}
 		p.Encode(h)
+		if o.fence != nil {
+			c.arm(o.fence, c.statSN)
+		}
 	case *iscsi.TaskMgmtResponse:
 		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
 		p.Encode(h)
@@ -703,6 +768,79 @@ func (c *conn) encodeSCSI(o *response, exp, mx iscsi.Serial) error {
 	}
 	r.Encode(c.w.Begin())
 	return c.w.End(nil, o.data)
+}
+
+// fence is f that waits for the acknowledgement of what was sent before StatSN sn.
+type fence struct {
+	sn    iscsi.Serial
+	armed bool // sn is known
+	f     func()
+}
+
+// fence calls f when the initiator has acknowledged all responses that are queued
+// now, or the connection is closed. A ping asks for it.
+func (c *conn) fence(f func()) {
+	x := &fence{f: f}
+	c.acks.Lock()
+	closed := c.acks.closed
+	if !closed {
+		c.acks.list = append(c.acks.list, x)
+		c.waiting.Add(1)
+	}
+	c.acks.Unlock()
+	if closed {
+		f()
+		return
+	}
+	c.queue(response{pdu: &iscsi.NopIn{ITT: iscsi.ReservedTag, TTT: pingTTT}, fence: x})
+	c.kick()
+}
+
+func (c *conn) arm(x *fence, sn iscsi.Serial) {
+	c.acks.Lock()
+	x.sn, x.armed = sn, true
+	c.acks.Unlock()
+	c.pass(false)
+}
+
+// acknowledge takes the ExpStatSN of a PDU. It runs on the reader.
+func (c *conn) acknowledge(sn iscsi.Serial) {
+	if !iscsi.Serial(c.acked.Load()).Less(sn) {
+		return
+	}
+	c.acks.Lock()
+	c.acked.Store(uint32(sn))
+	c.acks.Unlock()
+	if c.waiting.Load() > 0 {
+		c.pass(false)
+	}
+}
+
+// releaseFences lets everyone go who waits for a connection that is gone.
+func (c *conn) releaseFences() {
+	c.acks.Lock()
+	c.acks.closed = true
+	c.acks.Unlock()
+	c.pass(true)
+}
+
+// pass calls who has waited long enough.
+func (c *conn) pass(all bool) {
+	var run []func()
+	c.acks.Lock()
+	sn := iscsi.Serial(c.acked.Load())
+	c.acks.list = slices.DeleteFunc(c.acks.list, func(f *fence) bool {
+		if all || f.armed && f.sn.LessEq(sn) {
+			run = append(run, f.f)
+			c.waiting.Add(-1)
+			return true
+		}
+		return false
+	})
+	c.acks.Unlock()
+	for _, f := range run {
+		f()
+	}
 }
 
 // inlineLimit is how long a command that runs on the reader may take before the

@@ -106,7 +106,7 @@ func (t *task) check() *outcome {
 		return &outcome{status: scsi.StatusTaskSetFull}
 	}
 	// Data are asked for only from a unit that would take them; run asks again.
-	if t.want > t.arrived {
+	if t.missing {
 		op := gateOp(cmd)
 		in := t.s.incarnation(t.lu)
 		err := t.lu.gate.Enter(in, op)

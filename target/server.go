@@ -13,9 +13,10 @@
 //	Server.applyMu
 //	└─ Server.mu
 //	   └─ session.mu
-//	      └─ rangeQueue.mu, pool.mu
-//	conn.flushing
-//	└─ session.mu, conn.out
+//	      └─ rangeQueue.mu, pool.mu, conn.out
+//	conn.text
+//	└─ conn.flushing
+//	   └─ session.mu, conn.out, conn.acks
 package target
 
 import (
@@ -258,7 +259,7 @@ func (s *Server) Apply(c Config) error {
 			drop = append(drop, byNode[n]...)
 		} else {
 			for _, sess := range byNode[n] {
-				if !t.ACL.Allows(sess.name, sess.conn.remote.Addr()) || t.Auth.required() && t.Auth.secret(sess.user) == nil {
+				if !sess.allowed(&t.ACL) || t.Auth.required() && t.Auth.secret(sess.user) == nil {
 					drop = append(drop, sess)
 				} else if changed {
 					for _, u := range n.units() {
@@ -329,7 +330,7 @@ func (s *Server) Apply(c Config) error {
 		<-l.done
 	}
 	for _, sess := range announce { // also where no unit is left to carry an attention
-		sess.conn.announce(scsi.Check(scsi.UnitAttention, scsi.ASCReportedLunsChanged))
+		sess.announce(scsi.Check(scsi.UnitAttention, scsi.ASCReportedLunsChanged))
 	}
 	for _, u := range gone {
 		_ = u.stopSanitize(context.Background(), func(string) bool { return true })
@@ -485,6 +486,16 @@ func (s *Server) dropConn(c *conn) {
 	s.mu.Unlock()
 }
 
+// allowed tells whether all connections of a session pass an access list.
+func (s *session) allowed(a *ACL) bool {
+	for _, c := range s.connections() {
+		if !a.Allows(s.name, c.remote.Addr()) {
+			return false
+		}
+	}
+	return true
+}
+
 // forget takes an ended session off the list.
 func (s *Server) forget(sess *session) {
 	s.mu.Lock()
@@ -515,6 +526,9 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 		return no(iscsi.StatusServiceUnavailable)
 	}
 	if id.Discovery {
+		if id.TSIH != 0 { // such a session has one connection (RFC 7143 13.2)
+			return no(iscsi.StatusNoSession)
+		}
 		return iscsi.Admission{Auth: c.loginAuth(&s.discovery)}
 	}
 	n := s.nodes[id.TargetName]
@@ -538,11 +552,13 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 		}
 		return iscsi.Admission{Status: st, Address: t.Redirect}
 	}
+	var join *session
 	if id.TSIH != 0 {
-		if x := s.sessions[id.TSIH]; x == nil || x.tgt != n || x.name != id.InitiatorName || x.isid != id.ISID {
+		x := s.sessions[id.TSIH]
+		if x == nil || x.tgt != n || x.name != id.InitiatorName || x.isid != id.ISID {
 			return no(iscsi.StatusNoSession)
 		}
-		return no(iscsi.StatusTooManyConnections)
+		join = x
 	}
 	for _, u := range n.units() {
 		if err := u.gate.Enter(u.gate.Incarnation(), OpLogin); err != nil {
@@ -559,6 +575,9 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 	if t.Want.MaxRecv != 0 {
 		a.Want = &t.Want
 	}
+	if join != nil {
+		a.Base = join.params
+	}
 	return a
 }
 
@@ -573,8 +592,57 @@ func (s *Server) reachable(t *Target, c *conn) bool {
 	return false
 }
 
-// start makes the session of a login that succeeded.
+// join adds a connection to the session of a login that succeeded.
+func (s *Server) join(c *conn, id *iscsi.LoginIdentity, p *iscsi.Params) (uint16, iscsi.LoginStatus) {
+	s.mu.Lock()
+	x := s.sessions[id.TSIH]
+	if _, cut := s.cut[id.InitiatorName]; s.closed || cut || x == nil || x.tgt == nil || x.tgt.iqn != id.TargetName || x.name != id.InitiatorName || x.isid != id.ISID {
+		s.mu.Unlock()
+		return 0, iscsi.StatusNoSession
+	}
+	if x.user != id.User { // a session is one identity's (RFC 7143 12.1)
+		s.mu.Unlock()
+		c.log.Warn("login to a session of another CHAP name", zap.String("session", x.user), zap.String("login", id.User))
+		return 0, iscsi.StatusAuthFailure
+	}
+	c.begin(x, id, p)
+	old, st := x.attach(c)
+	if st != iscsi.StatusSuccess {
+		c.s = nil
+		s.mu.Unlock()
+		return 0, st
+	}
+	s.mu.Unlock()
+	if old != nil {
+		ended := make(chan struct{})
+		old.s.detach(old, errConnReinstated, func() { close(ended) })
+		select { // not for a disk that hangs
+		case <-ended:
+		case <-time.After(reinstateWait):
+		}
+	}
+	c.log.Info("connection added", zap.Uint16("cid", c.cid), zap.Bool("reinstated", old != nil))
+	return x.tsih, iscsi.StatusSuccess
+}
+
+var errConnReinstated = errors.New("the initiator logged the connection in again")
+
+// begin makes the connection one of a session, but for attach.
+func (c *conn) begin(x *session, id *iscsi.LoginIdentity, p *iscsi.Params) {
+	c.s, c.cid, c.since = x, id.CID, time.Now()
+	c.headerDigest, c.dataDigest = p.HeaderDigest, p.DataDigest
+	c.track = x.params.MaxConnections > 1
+	c.lastRead.Store(c.srv.now())
+	if x.log != nil {
+		c.log = x.log.With(zap.Stringer("remote", c.remote))
+	}
+}
+
+// start makes the session of a login that succeeded, or finds it.
 func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16, iscsi.LoginStatus) {
+	if id.TSIH != 0 {
+		return s.join(c, id, &p)
+	}
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
@@ -586,7 +654,7 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	}
 	x := &session{
 		srv: s, isid: id.ISID, name: id.InitiatorName, alias: id.InitiatorAlias, user: id.User, params: p, limits: s.opt.limits(nil),
-		since: time.Now(), conn: c,
+		since: time.Now(), conns: []*conn{c},
 		in: map[*logicalUnit]Incarnation{}, tasks: map[uint32]*task{}, drained: make(chan struct{}),
 	}
 	var olds []*session
@@ -606,7 +674,7 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 			case o.tgt != n || o.name != x.name:
 			case o.nexus == x.nexus:
 				olds, again = append(olds, o), true
-			case o.conn.hungUp(): // its nexus is lost before this one begins
+			case o.hungUp(): // its nexus is lost before this one begins
 				olds = append(olds, o)
 			}
 		}
@@ -633,8 +701,7 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	s.seq++
 	x.seq = s.seq
 	s.sessions[tsih] = x
-	c.loginCID = id.CID
-	c.s = x
+	c.begin(x, id, &p)
 	x.log = c.log.With(zap.String("initiator", x.name), zap.Uint16("tsih", tsih))
 	if x.tgt != nil {
 		x.log = x.log.With(zap.String("target", x.tgt.iqn))
@@ -749,9 +816,7 @@ func (s *Server) clear(us []*logicalUnit, by *session, code scsi.ASC, reset bool
 			if !x.tgt.has(u) {
 				continue
 			}
-			if x == by {
-				x.buryAll(u) // on its own reader
-			}
+			x.buryAll(u)
 			n := x.abortInto(g, func(t *task) bool { return t.lu == u })
 			if reset || x != by && n > 0 { // a reset is told to its sender too (SAM-5 7.6)
 				x.attend(u, code)
@@ -898,7 +963,9 @@ func (s *Server) watch() {
 		last = now
 		for _, x := range s.list() {
 			if x.limits.interval > 0 {
-				x.conn.probe(now)
+				for _, c := range x.connections() {
+					c.probe(now)
+				}
 			}
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -55,14 +56,16 @@ type task struct {
 	r2ts    []r2t // outstanding
 	r2tSN   uint32
 	asked   int  // bytes up to which R2Ts were sent
-	early   bool // the command has had its turn (deliver ran)
+	due     bool // the command has had its turn (deliver ran)
+	missing bool // at its turn there were data to come
 	verdict *outcome
 
 	lock   rangeLock
 	locked bool
 	pooled bool // runs on a worker of the pool
 
-	// Guarded by s.mu.
+	// Guarded by s.mu, and so are the data phase above from full to verdict: the turn
+	// of a command may come on the reader of another connection.
 	state   taskState
 	aborted bool
 	reading bool // the connection's reader copies into buf
@@ -139,18 +142,23 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	if t.ent != nil && s.tgt.entry(t.ent.num) != t.ent {
 		t.ent, t.lu, t.want = nil, nil, 0
 	}
-	delete(c.tombs, t.itt)
 	if imm > 0 {
+		s.mu.Lock()
 		if err := t.receive(0, imm); err != nil {
+			s.mu.Unlock()
 			return err
 		}
 		t.arrived = imm
+		s.mu.Unlock()
 	}
-	var verdict error
-	if !s.order(p.CmdSN, p.Immediate, func() { verdict = t.deliver() }) {
+	taken, run := s.order(turn{c: c, t: t}, p.CmdSN, p.Immediate)
+	if !taken {
 		t.end()
 	}
-	return verdict
+	if run != nil {
+		return c.inline(run)
+	}
+	return nil
 }
 
 // prepare finds the logical unit and decodes the CDB: what does not depend on
@@ -185,9 +193,9 @@ func (t *task) prepare(p *iscsi.ScsiCommand) {
 }
 
 // receive reads n bytes of the current data segment to offset off, dropping what
-// lies behind want. It runs on the reader.
+// lies behind want. It runs on the connection's reader; s.mu is held at call and
+// return and not meanwhile.
 func (t *task) receive(off, n int) error {
-	t.s.mu.Lock()
 	keep := 0
 	if !t.aborted && t.state == stateReceive {
 		keep = min(n, max(0, t.want-off))
@@ -203,10 +211,10 @@ func (t *task) receive(off, n int) error {
 	}
 	t.s.mu.Lock()
 	t.reading = false
-	dead := t.aborted && t.state == stateReceive
-	t.s.mu.Unlock()
-	if dead {
+	if t.aborted && t.state == stateReceive {
+		t.s.mu.Unlock()
 		t.end()
+		t.s.mu.Lock()
 	}
 	return err
 }
@@ -218,25 +226,31 @@ func (t *task) gone() bool {
 	return t.aborted || t.state == stateDone
 }
 
-// complete tells whether the task has all its data: its buffer is the backend's.
-func (t *task) complete() bool {
-	t.s.mu.Lock()
-	defer t.s.mu.Unlock()
-	return t.state == stateQueue || t.state == stateRun
-}
-
-// deliver gives the command to the device server, in order of CmdSN. It runs on
-// the reader.
-func (t *task) deliver() error {
-	if t.gone() {
+// deliver gives the command to the device server, in order of CmdSN. own says that
+// the caller is the reader of its connection and may run it: then it is returned.
+func (t *task) deliver(own bool) (run *task) {
+	s := t.s
+	s.mu.Lock()
+	if t.aborted || t.state == stateDone {
+		s.mu.Unlock()
 		return nil
 	}
-	t.early = true
-	if o := t.check(); o != nil {
+	t.missing = t.want > t.arrived
+	s.mu.Unlock()
+	o := t.check()
+	s.mu.Lock()
+	t.due = true
+	if t.verdict == nil {
 		t.verdict = o
+	}
+	if t.verdict != nil {
 		t.want = 0
 	}
-	return t.advance()
+	if t.reading { // by the reader, which goes on with it
+		s.mu.Unlock()
+		return nil
+	}
+	return t.advance(own)
 }
 
 // unsolicitedEnd is the offset at which unsolicited data end.
@@ -245,20 +259,23 @@ func (t *task) unsolicitedEnd() int {
 }
 
 // advance does what is next for a task that has had its turn: wait for
-// unsolicited data, ask for more, or go on to the range queue.
-func (t *task) advance() error {
-	if !t.early || !t.final {
-		return nil
-	}
-	if t.verdict != nil {
+// unsolicited data, ask for more, or go on to the range queue. s.mu is held at call
+// and not at return.
+func (t *task) advance(own bool) (run *task) {
+	s := t.s
+	switch {
+	case !t.due || !t.final || t.aborted || t.state != stateReceive:
+		s.mu.Unlock()
+	case t.verdict != nil:
+		s.mu.Unlock()
 		t.respond(*t.verdict)
-		return nil
-	}
-	if t.arrived < t.want {
+	case t.arrived < t.want:
 		t.ask()
-		return nil
+		s.mu.Unlock()
+	default:
+		return t.ready(own)
 	}
-	return t.ready()
+	return nil
 }
 
 // ask sends R2Ts as far as allowed.
@@ -277,7 +294,7 @@ func (t *task) ask() {
 	}
 }
 
-// bury lets stray Data-Out of a task that ended early pass silently.
+// bury lets stray Data-Out of a task that ended early pass silently. s.mu is held.
 func (c *conn) bury(itt uint32) {
 	if len(c.tombs) >= maxTombs {
 		clear(c.tombs)
@@ -291,36 +308,60 @@ func (c *conn) onDataOut(b *iscsi.BHS) error {
 		return err
 	}
 	s := c.s
+	n := c.r.DataLen()
 	s.mu.Lock()
 	t := s.tasks[p.ITT]
-	s.mu.Unlock()
-	n := c.r.DataLen()
-	if t != nil && t.complete() {
-		return c.r.DiscardData() // more than it needs: nobody asked, nothing is stored
-	}
-	if t == nil || t.gone() {
-		if _, known := c.tombs[p.ITT]; known || t != nil {
+	if t == nil || t.aborted || t.c != c {
+		_, known := c.tombs[p.ITT]
+		s.mu.Unlock()
+		if known || t != nil && t.c == c {
 			return c.r.DiscardData()
 		}
-		return &iscsi.ProtocolError{Reason: iscsi.RejectInvalidField, Opcode: iscsi.OpDataOut, Why: "no such task"}
+		return &iscsi.ProtocolError{Reason: iscsi.RejectInvalidField, Opcode: iscsi.OpDataOut, Why: "no such task on this connection"}
 	}
-	// A sequence that is wrong ends the task at once, and what still comes for it
-	// is dropped: it must never be GOOD and never hang.
-	wrong := func(code scsi.ASC, why string) error {
+	if t.state != stateReceive || t.verdict != nil && !t.due {
+		// More than it needs, or of a task that is lost: nothing is stored.
+		s.mu.Unlock()
+		return c.r.DiscardData()
+	}
+	i, code, why := t.place(&p, n)
+	if why != "" {
+		// A sequence that is wrong ends the task at once, and what still comes for it
+		// is dropped: it must never be GOOD and never hang.
+		c.bury(t.itt)
+		t.final = true
+		t.verdict = &outcome{status: scsi.StatusCheckCondition, sense: scsi.Check(scsi.AbortedCommand, code)}
 		c.log.Warn("bad Data-Out", zap.String("why", why), zap.Uint32("itt", p.ITT), zap.Uint32("ttt", p.TTT),
 			zap.Uint32("data_sn", p.DataSN), zap.Uint32("offset", p.Offset), zap.Int("length", n))
-		if err := c.r.DiscardData(); err != nil {
-			return err
-		}
-		c.bury(t.itt)
-		if t.early {
-			t.respond(outcome{status: scsi.StatusCheckCondition, sense: scsi.Check(scsi.AbortedCommand, code)})
-		} else {
-			t.final, t.want = true, 0
-			t.verdict = &outcome{status: scsi.StatusCheckCondition, sense: scsi.Check(scsi.AbortedCommand, code)}
-		}
-		return nil
+		t.advance(true) // unlocks; with a verdict there is nothing to run
+		return c.r.DiscardData()
 	}
+	if err := t.receive(int(p.Offset), n); err != nil {
+		s.mu.Unlock()
+		return err
+	}
+	t.arrived += n
+	if i < 0 {
+		t.unsolSN++
+		t.final = p.Final
+	} else {
+		r := &t.r2ts[i]
+		r.got += uint32(n)
+		r.dataSN++
+		if p.Final {
+			t.r2ts = append(t.r2ts[:i], t.r2ts[i+1:]...)
+		}
+	}
+	if run := t.advance(true); run != nil {
+		return c.inline(run)
+	}
+	return nil
+}
+
+// place says where a Data-Out of n bytes belongs: to the R2T with index i, or to the
+// unsolicited data where i is -1; or why it is wrong. s.mu is held.
+func (t *task) place(p *iscsi.DataOut, n int) (i int, code scsi.ASC, why string) {
+	wrong := func(code scsi.ASC, why string) (int, scsi.ASC, string) { return 0, code, why }
 	if p.TTT == iscsi.ReservedTag {
 		end := t.unsolicitedEnd()
 		switch {
@@ -338,23 +379,9 @@ func (c *conn) onDataOut(b *iscsi.BHS) error {
 		case !p.Final && t.arrived+n >= end:
 			return wrong(scsi.ASCDataPhase, "the final bit is missing at the end of the first burst")
 		}
-		if err := t.receive(t.arrived, n); err != nil {
-			return err
-		}
-		t.arrived += n
-		t.unsolSN++
-		t.final = p.Final
-		if t.gone() {
-			return nil
-		}
-		return t.advance()
+		return -1, 0, ""
 	}
-	i := -1
-	for k := range t.r2ts {
-		if t.r2ts[k].ttt == p.TTT {
-			i = k
-		}
-	}
+	i = slices.IndexFunc(t.r2ts, func(r r2t) bool { return r.ttt == p.TTT })
 	if i < 0 {
 		return wrong(scsi.ASCInvalidTTT, "target transfer tag is not outstanding")
 	}
@@ -371,37 +398,20 @@ func (c *conn) onDataOut(b *iscsi.BHS) error {
 	case p.Final != (r.got+uint32(n) == r.length):
 		return wrong(scsi.ASCDataPhase, "the final bit does not stand at the end of the sequence")
 	}
-	if err := t.receive(int(p.Offset), n); err != nil {
-		return err
-	}
-	if t.gone() {
-		return nil
-	}
-	r.got += uint32(n)
-	r.dataSN++
-	t.arrived += n
-	if p.Final {
-		t.r2ts = append(t.r2ts[:i], t.r2ts[i+1:]...)
-	}
-	return t.advance()
+	return i, 0, ""
 }
 
-// ready queues a complete command behind those it overlaps, or runs it.
-func (t *task) ready() error {
+// ready queues a complete command behind those it overlaps, or runs it, or returns
+// it to be run on the reader. s.mu is held at call and not at return.
+func (t *task) ready(own bool) (run *task) {
 	s := t.s
 	granted := true
-	s.mu.Lock()
-	if t.aborted || t.state != stateReceive {
-		s.mu.Unlock()
-		return nil
-	}
+	t.state = stateQueue
 	if lo, hi, excl, need := t.span(); need {
 		t.lock = rangeLock{lo: lo, hi: hi, excl: excl, t: t}
 		t.locked = true
-		t.state = stateQueue
 		granted = t.lu.ranges.add(&t.lock)
 	} else {
-		t.state = stateQueue
 		t.lock.granted = true
 	}
 	s.mu.Unlock()
@@ -422,11 +432,11 @@ func (t *task) ready() error {
 	// In place when that is cheap and nothing else waits for this goroutine;
 	// else the pool keeps the reader free and the disk busy.
 	lat := t.lu.latency.Load()
-	if t.h.memory && !t.c.noInline { // only its gate can hold it up
-		return t.c.inline(t)
+	if t.h.memory && own { // only its gate can hold it up
+		return t
 	}
-	if !t.h.slow && !t.h.memory && !t.c.noInline && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen) && !t.lu.pool.busy() {
-		return t.c.inline(t)
+	if !t.h.slow && !t.h.memory && own && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen) && !t.lu.pool.busy() {
+		return t
 	}
 	t.lu.pool.submit(t)
 	return nil
@@ -691,7 +701,12 @@ func (c *conn) onTaskMgmt(b *iscsi.BHS) error {
 	if err := p.Decode(b); err != nil {
 		return err
 	}
-	c.s.order(p.CmdSN, p.Immediate, func() { c.taskMgmt(&p) })
+	u := turn{c: c, f: func() { c.taskMgmt(&p) }}
+	if p.Immediate && p.Function != iscsi.FuncAbortTask {
+		c.s.settle(u, p.CmdSN)
+		return nil
+	}
+	c.s.order(u, p.CmdSN, p.Immediate)
 	return nil
 }
 
@@ -701,6 +716,7 @@ func (c *conn) taskMgmt(p *iscsi.TaskMgmtRequest) {
 		c.queue(response{pdu: &iscsi.TaskMgmtResponse{Response: r, ITT: p.ITT}})
 		c.kick()
 	}
+	complete := func() { s.fence(c, func() { answer(iscsi.TaskComplete) }) }
 	c.log.Info("task management", zap.Stringer("function", p.Function), zap.Stringer("lun", p.LUN), zap.Uint32("ref", p.RefTag))
 	var ent *entry
 	switch p.Function {
@@ -718,30 +734,32 @@ func (c *conn) taskMgmt(p *iscsi.TaskMgmtRequest) {
 		s.mu.Lock()
 		t := s.tasks[p.RefTag]
 		exp := s.expCmdSN
-		early := s.early[p.RefCmdSN] != nil
+		_, early := s.early[p.RefCmdSN]
+		if t != nil && t.wireLUN == p.LUN {
+			t.c.bury(p.RefTag)
+		}
 		s.mu.Unlock()
 		switch {
 		case t != nil && t.wireLUN == p.LUN:
-			c.bury(p.RefTag)
-			s.abort(func(x *task) bool { return x == t }, func() { answer(iscsi.TaskComplete) })
+			s.abort(func(x *task) bool { return x == t }, complete)
 		case t != nil:
 			answer(iscsi.TaskNotFound)
 		case !early && exp.LessEq(p.RefCmdSN) && s.inWindow(p.RefCmdSN):
 			// Not received yet: it counts as received and aborted (§11.5.1).
-			s.order(p.RefCmdSN, false, func() {})
+			s.order(turn{c: c, f: func() {}}, p.RefCmdSN, false)
 			answer(iscsi.TaskComplete)
 		default:
 			answer(iscsi.TaskNotFound)
 		}
 	case iscsi.FuncAbortTaskSet:
 		s.buryAll(ent.lu)
-		s.abort(func(x *task) bool { return x.lu == ent.lu }, func() { answer(iscsi.TaskComplete) })
+		s.abort(func(x *task) bool { return x.lu == ent.lu }, complete)
 	case iscsi.FuncClearTaskSet:
-		c.srv.clear([]*logicalUnit{ent.lu}, s, scsi.ASCCommandsCleared, false, func() { answer(iscsi.TaskComplete) })
+		c.srv.clear([]*logicalUnit{ent.lu}, s, scsi.ASCCommandsCleared, false, complete)
 	case iscsi.FuncLUReset:
-		c.srv.clear([]*logicalUnit{ent.lu}, s, scsi.ASCDeviceReset, true, func() { answer(iscsi.TaskComplete) })
+		c.srv.clear([]*logicalUnit{ent.lu}, s, scsi.ASCDeviceReset, true, complete)
 	case iscsi.FuncTargetWarmReset:
-		c.srv.clear(s.tgt.units(), s, scsi.ASCBusReset, true, func() { answer(iscsi.TaskComplete) })
+		c.srv.clear(s.tgt.units(), s, scsi.ASCBusReset, true, complete)
 	case iscsi.FuncTargetColdReset:
 		// Every session of the target ends, this one last (§11.5.1).
 		tgt := s.tgt
@@ -764,13 +782,13 @@ func (c *conn) taskMgmt(p *iscsi.TaskMgmtRequest) {
 
 var errColdReset = errors.New("target cold reset")
 
-// buryAll remembers the tags of a logical unit's tasks on this connection.
+// buryAll remembers the tags of a logical unit's tasks, each on its connection.
 func (s *session) buryAll(u *logicalUnit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for itt, t := range s.tasks {
 		if t.lu == u {
-			s.conn.bury(itt)
+			t.c.bury(itt)
 		}
 	}
 }
