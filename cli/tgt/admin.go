@@ -1,12 +1,13 @@
 package tgt
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -18,7 +19,7 @@ const defaultConf = "/etc/tgt/targets.conf"
 var adminOptions = []option{
 	{"execute", 'e', false}, {"delete", 0, true}, {"offline", 0, true}, {"ready", 0, true}, {"update", 0, true}, {"show", 's', false}, {"conf", 'c', true},
 	{"ignore-errors", 0, false}, {"force", 'f', false}, {"pretend", 'p', false}, {"dump", 0, false}, {"verbose", 'v', false}, {"help", 'h', false},
-	{"control-port", 'C', true}, {"system", 0, false},
+	{"control-port", 'C', true},
 }
 
 const adminUsage = `Usage: tgt-admin [OPTION]...
@@ -41,108 +42,147 @@ const adminUsage = `Usage: tgt-admin [OPTION]...
 
 // step is a command of tgtadm, or without args a comment.
 type step struct {
-	comment string
-	args    []string
+	show string // the line as the real tool prints it, without secrets
+	args []string
+	warn bool // a comment that is no secret of --verbose
 }
 
 // plan is what tgt-admin does.
 type plan struct {
-	port  string
+	port  string          // of the real tool's daemon; it is printed and handed on
 	known map[string]bool // accounts that exist
 	steps []step
 }
 
 func (p *plan) comment(format string, a ...any) {
-	p.steps = append(p.steps, step{comment: fmt.Sprintf(format, a...)})
+	p.steps = append(p.steps, step{show: fmt.Sprintf(format, a...)})
 }
 
-func (p *plan) run(args ...string) { p.steps = append(p.steps, step{args: args}) }
+func (p *plan) run(args ...string) { p.runAs(strings.Join(args, " "), args...) }
 
-func (p *plan) account(u [2]string) {
+// runAs is run with another spelling of the line: the real tool's is a shell's.
+func (p *plan) runAs(show string, args ...string) {
+	if p.port == "" {
+		p.port = "0"
+	}
+	p.steps = append(p.steps, step{show: "tgtadm -C " + p.port + " " + show, args: append([]string{"-C", p.port}, args...)})
+}
+
+// account plans that an account exists. lld is what stands before the command.
+func (p *plan) account(u [2]string, lld ...string) {
 	if p.known == nil {
 		p.known = map[string]bool{}
 	}
-	if !p.known[u[0]] {
-		p.run("--lld", "iscsi", "--mode", "account", "--op", "new", "--user="+u[0], "--password="+u[1])
-		p.known[u[0]] = true
+	if p.known[u[0]] {
+		return
 	}
+	args := append(lld, "--mode", "account", "--op", "new", "--user="+u[0])
+	p.runAs(strings.Join(args, " ")+" --password=(hidden)", append(args, "--password="+u[1])...)
+	p.known[u[0]] = true
 }
 
-// add plans a target. The access list comes last: nobody may log in before all
-// of it is there.
+// cacheOff is what the real tool sends for "write-cache off".
+const cacheOff = "mode_page=8:0:18:0x10:0:0xff:0xff:0:0:0xff:0xff:0xff:0xff:0x80:0x14:0:0:0:0:0:0"
+
+// add plans a target, in the real tool's order: by the names of the directives, so
+// that accounts are bound before anybody may log in.
 func (p *plan) add(t *confTarget, tid int) {
 	n := fmt.Sprint(tid)
+	target := func(op string, args ...string) {
+		p.run(append([]string{"--lld", "iscsi", "--op", op, "--mode", "target", "--tid", n}, args...)...)
+	}
+	param := func(kv [2]string) {
+		p.run("--lld", "iscsi", "--mode", "target", "--op", "update", "--tid", n, "--name", kv[0], "--value", kv[1])
+	}
 	p.comment("# Adding target: %s", t.iqn)
-	p.run("--lld", "iscsi", "--op", "new", "--mode", "target", "--tid", n, "-T", t.iqn)
-	for _, kv := range t.params {
+	target("new", "-T", t.iqn)
+	params := slices.Clone(t.params)
+	slices.SortStableFunc(params, func(a, b [2]string) int { return strings.Compare(a[0], b[0]) })
+	for _, kv := range params {
 		if kv[0] != "state" {
-			p.run("--lld", "iscsi", "--mode", "target", "--op", "update", "--tid", n, "--name", kv[0], "--value", kv[1])
+			param(kv)
 		}
 	}
 	for _, l := range t.luns {
-		args := []string{"--lld", "iscsi", "--op", "new", "--mode", "logicalunit", "--tid", n, "--lun", fmt.Sprint(l.number), "-b", l.path}
-		for _, o := range [][2]string{{"--bstype", l.bstype}, {"--bsopts", l.bsopts}, {"--bsoflags", l.flags}, {"--device-type", l.device}, {"--blocksize", l.block}} {
-			if o[1] != "" {
-				args = append(args, o[0], o[1])
-			}
-		}
-		p.run(args...)
-		switch {
-		case l.cache == nil:
-			p.comment("# Write cache is enabled (default) for lun %d.", l.number)
-		case *l.cache:
-			p.comment("# Write cache is enabled for lun %d.", l.number)
-		default:
-			p.run("--lld", "iscsi", "--op", "update", "--mode", "logicalunit", "--tid", n, "--lun", fmt.Sprint(l.number), "--params", "mode_page=8:0:18:0x10:0:0xff")
-		}
-		for _, kv := range l.params {
-			p.run("--lld", "iscsi", "--op", "update", "--mode", "logicalunit", "--tid", n, "--lun", fmt.Sprint(l.number), "--params", kv[0]+"="+kv[1])
-		}
+		p.lun(l, n)
 	}
 	for _, u := range t.incoming {
-		p.account(u)
+		p.account(u, "--lld", "iscsi")
 		p.run("--lld", "iscsi", "--mode", "account", "--op", "bind", "--tid="+n, "--user="+u[0])
 	}
-	if t.outgoing != nil {
-		p.account(*t.outgoing)
-		p.run("--lld", "iscsi", "--mode", "account", "--op", "bind", "--tid="+n, "--user="+t.outgoing[0], "--outgoing")
-	}
-	for _, kv := range t.params {
-		if kv[0] == "state" {
-			p.run("--lld", "iscsi", "--mode", "target", "--op", "update", "--tid", n, "--name", kv[0], "--value", kv[1])
-		}
-	}
 	for _, a := range t.addresses {
-		p.run("--lld", "iscsi", "--op", "bind", "--mode", "target", "--tid", n, "-I", a)
+		target("bind", "-I", a)
 	}
 	for _, a := range t.names {
-		p.run("--lld", "iscsi", "--op", "bind", "--mode", "target", "--tid", n, "-Q", a)
+		target("bind", "-Q", a)
+	}
+	if t.outgoing != nil {
+		p.account(*t.outgoing, "--lld", "iscsi")
+		p.run("--lld", "iscsi", "--mode", "account", "--op", "bind", "--tid="+n, "--user="+t.outgoing[0], "--outgoing")
+	}
+	for _, kv := range params {
+		if kv[0] == "state" {
+			param(kv)
+		}
 	}
 	// The real tool adds ALL also beside names, which then restrict nothing.
 	if len(t.addresses)+len(t.names) == 0 {
-		p.run("--lld", "iscsi", "--op", "bind", "--mode", "target", "--tid", n, "-I", "ALL")
+		target("bind", "-I", "ALL")
 	}
 }
 
-// hide is a command line that may be shown.
-func hide(args []string) string {
-	out := []string{"tgtadm"}
-	for i, a := range args {
-		switch {
-		case strings.HasPrefix(a, "--password="):
-			a = "--password=(hidden)"
-		case i > 0 && args[i-1] == "-b":
-			a = `"` + a + `"`
+// lun plans a LUN of target n. A store that is not there is left out: the other
+// disks of a host are served all the same.
+func (p *plan) lun(l *confLUN, n string) {
+	if filepath.IsAbs(l.path) {
+		if _, err := os.Stat(l.path); errors.Is(err, fs.ErrNotExist) {
+			p.steps = append(p.steps, step{show: "# Skipping device: " + l.path, warn: true})
+			p.comment("# %s does not exist - please check the configuration file", l.path)
+			return
 		}
-		out = append(out, a)
 	}
-	return strings.Join(out, " ")
+	num := fmt.Sprint(l.number)
+	args := []string{"--lld", "iscsi", "--op", "new", "--mode", "logicalunit", "--tid", n, "--lun", num, "-b"}
+	show := strings.Join(args, " ") + ` "` + l.path + `"`
+	args = append(args, l.path)
+	for _, o := range [][2]string{{"--device-type", l.device}, {"--bstype", l.bstype}, {"--bsopts", l.bsopts}, {"--bsoflags", l.flags}, {"--blocksize", l.block}} {
+		show += " "
+		if o[1] != "" {
+			args = append(args, o[0], o[1])
+			show += o[0] + " " + o[1]
+		}
+	}
+	p.runAs(show, args...)
+	update := []string{"--lld", "iscsi", "--op", "update", "--mode", "logicalunit", "--tid", n, "--lun=" + num, "--params"}
+	set := func(show, kv string) {
+		p.runAs(strings.Join(update, " ")+" "+show, append(slices.Clone(update), kv)...)
+	}
+	if l.cache != nil && !*l.cache {
+		set(cacheOff, cacheOff)
+	}
+	for _, kv := range l.params {
+		if kv[0] == "mode_page" {
+			set("mode_page="+`"`+kv[1]+`"`, "mode_page="+kv[1])
+		}
+	}
+	for _, kv := range l.params {
+		if kv[0] != "mode_page" {
+			set(kv[0]+`="`+kv[1]+`"`, kv[0]+"="+kv[1])
+		}
+	}
+	for _, v := range l.more {
+		set(`"`+v+`"`, v)
+	}
+	if l.cache == nil || *l.cache {
+		p.comment("# Write cache is enabled (default) for lun %d.", l.number)
+	}
 }
 
 // admin is one run of tgt-admin.
 type admin struct {
 	*session
 	confFile                string
+	confGiven               bool
 	force, pretend, verbose bool
 	ignore                  bool
 }
@@ -155,26 +195,18 @@ func (e exit) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 // execute prints and runs the steps.
 func (a *admin) execute(p *plan) error {
 	for _, s := range p.steps {
-		args := s.args
-		if p.port != "" && args != nil {
-			args = append([]string{"-C", p.port}, args...)
+		switch {
+		case a.pretend || a.verbose:
+			a.printf("%s\n", s.show)
+		case s.warn:
+			fmt.Fprintf(a.Err, "%s\n", s.show)
 		}
-		if a.pretend || a.verbose {
-			if args == nil {
-				a.printf("%s\n", s.comment)
-			} else {
-				a.printf("%s\n", hide(args))
-			}
-		}
-		if args == nil || a.pretend {
+		if s.args == nil || a.pretend {
 			continue
 		}
-		var out bytes.Buffer
-		if code := Tgtadm(a.ctx, args, IO{Out: &out, Err: a.Err, Socket: a.Socket, zero: a.zero}); code != 0 {
-			fmt.Fprintf(a.Err, "Command:\n\t%s\nexited with code: %d.\n", hide(args), code)
-			if !a.ignore {
-				return exit(code)
-			}
+		if code := Tgtadm(a.ctx, s.args, IO{Out: io.Discard, Err: a.Err, Socket: a.Socket, zero: a.zero}); code != 0 && !a.ignore {
+			a.printf("Command:\n\t%s\nexited with code: %d.\n", s.show, code)
+			return exit(code)
 		}
 	}
 	return nil
@@ -195,21 +227,27 @@ func Admin(ctx context.Context, args []string, o IO) int {
 }
 
 func (a *admin) run(args []string) error {
-	ps, err := getopt("tgt-admin", adminOptions, args)
+	if len(args) == 0 {
+		a.printf("%s", adminUsage)
+		return nil
+	}
+	ps, err := perlopt(adminOptions, args)
 	if err != nil {
-		return err
+		fmt.Fprintf(a.Err, "%v\n", err)
+		return exit(1) // the real tool goes on without the option
 	}
 	acts := map[string]string{}
 	port := ""
 	for _, p := range ps {
 		switch p.opt.long {
 		case "":
+			// The real tool does not look at it: who names a file here means --conf.
 			return usage("tgt-admin: unexpected argument '%s'", p.arg)
 		case "help":
 			a.printf("%s", adminUsage)
 			return nil
 		case "conf":
-			a.confFile = p.arg
+			a.confFile, a.confGiven = p.arg, true
 		case "force":
 			a.force = true
 		case "pretend":
@@ -220,19 +258,15 @@ func (a *admin) run(args []string) error {
 			a.ignore = true
 		case "control-port":
 			port = p.arg
-		case "system": // shows nothing more
 		default:
 			acts[p.opt.long] = p.arg
 		}
 	}
-	if _, both := acts["offline"]; both {
-		if _, also := acts["ready"]; also {
-			a.printf("Invalid value (you can't use both ready and offline)!\n")
-			return exit(1)
-		}
-	}
 	p := &plan{port: port}
-	for _, act := range []string{"execute", "update", "delete", "offline", "ready", "dump", "show"} {
+	if _, ok := acts["show"]; ok {
+		return exit(Tgtadm(a.ctx, []string{"--op", "show", "--mode", "target"}, a.IO))
+	}
+	for _, act := range []string{"execute", "delete", "update", "dump", "offline", "ready"} {
 		v, ok := acts[act]
 		if !ok {
 			continue
@@ -240,27 +274,28 @@ func (a *admin) run(args []string) error {
 		switch act {
 		case "execute":
 			return a.add(p)
-		case "update":
-			return a.update(p, v)
 		case "delete":
 			return a.delete(p, v)
+		case "update":
+			return a.update(p, v)
 		case "dump":
 			return a.dump()
-		case "show":
-			return exit(Tgtadm(a.ctx, []string{"--op", "show", "--mode", "target"}, a.IO))
-		default:
-			return a.state(p, act, v)
 		}
+		if _, also := acts["ready"]; also && act == "offline" {
+			a.printf("Invalid value (you can't use both ready and offline)!\n")
+			return exit(1)
+		}
+		return a.state(p, act, v)
 	}
 	a.printf("No action specified.\n")
-	return exit(1)
+	return nil
 }
 
 func (a *admin) load() (*conf, error) {
 	es, err := readConf(disk, a.confFile)
 	if errors.Is(err, fs.ErrNotExist) && es == nil {
 		if _, serr := os.Stat(a.confFile); errors.Is(serr, fs.ErrNotExist) {
-			a.printf("Config file %s not found. Exiting...\n", a.confFile)
+			fmt.Fprintf(a.Err, "Config file %s not found. Exiting...\n", a.confFile)
 			return nil, exit(2)
 		}
 	}
@@ -273,14 +308,17 @@ func (a *admin) load() (*conf, error) {
 		return nil, exit(1)
 	}
 	a.ignore = a.ignore || c.ignoreErrors
-	if a.pretend || a.verbose {
-		a.printf("# Using %s as configuration file\n\n", a.confFile)
-	}
 	return c, nil
 }
 
 // begin reads the cluster and what accounts there are.
-func (a *admin) begin(p *plan) error {
+func (a *admin) begin(p *plan, c *conf) error {
+	if p.port == "" {
+		p.port = c.controlPort
+	}
+	if a.confGiven {
+		p.comment("# Using %s as configuration file\n", a.confFile)
+	}
 	if _, err := a.status(); err != nil {
 		return err
 	}
@@ -304,25 +342,25 @@ func (a *admin) byName(iqn string) *api.Target {
 	return nil
 }
 
-// tids gives out numbers: those that the configuration names are kept for their
-// targets.
+// tids gives out numbers: one more than the largest, but those that the
+// configuration names are kept for their targets.
 func (a *admin) tids(c *conf) func(t *confTarget) int {
-	used := map[int]bool{}
-	for _, t := range a.st.Targets {
-		used[t.TID] = true
-	}
+	kept := map[int]bool{}
 	for _, t := range c.targets {
-		used[t.tid] = true
+		kept[t.tid] = true
+	}
+	last := 0
+	for _, t := range a.st.Targets {
+		last = max(last, t.TID)
 	}
 	return func(t *confTarget) int {
-		if t.tid != 0 {
-			return t.tid
+		n := t.tid
+		if n == 0 {
+			for n = last + 1; kept[n]; {
+				n++
+			}
 		}
-		n := 1
-		for used[n] {
-			n++
-		}
-		used[n] = true
+		last = max(last, n)
 		return n
 	}
 }
@@ -343,13 +381,16 @@ func (a *admin) discovery(p *plan, c *conf) error {
 	}
 	for _, u := range c.incoming {
 		if p.account(u); !bound["incoming "+u[0]] {
-			p.run("--lld", "iscsi", "--mode", "account", "--op", "bind", "--user="+u[0])
+			p.runAs("--mode account --op bind --user="+u[0]+" ", "--mode", "account", "--op", "bind", "--user="+u[0])
 		}
 	}
 	if u := c.outgoing; u != nil {
 		if p.account(*u); !bound["outgoing "+u[0]] {
-			p.run("--lld", "iscsi", "--mode", "account", "--op", "bind", "--user="+u[0], "--outgoing")
+			p.runAs("--mode account --op bind --user="+u[0]+"  --outgoing", "--mode", "account", "--op", "bind", "--user="+u[0], "--outgoing")
 		}
+	}
+	if !c.driver {
+		p.comment("# default-driver not defined, defaulting to iscsi.\n")
 	}
 	return nil
 }
@@ -359,11 +400,8 @@ func (a *admin) add(p *plan) error {
 	if err != nil {
 		return err
 	}
-	if err := a.begin(p); err != nil {
+	if err := a.begin(p, c); err != nil {
 		return err
-	}
-	if p.port == "" {
-		p.port = c.controlPort
 	}
 	if err := a.discovery(p, c); err != nil {
 		return err
@@ -371,53 +409,57 @@ func (a *admin) add(p *plan) error {
 	tid := a.tids(c)
 	for _, t := range c.targets {
 		if a.byName(t.iqn) != nil {
-			p.comment("# Target %s already exists; --update makes it anew", t.iqn)
+			p.comment("# Target %s already exists!", t.iqn)
 			continue
 		}
 		p.add(t, tid(t))
 	}
+	if len(c.targets) > 0 {
+		p.comment("")
+		a.others(p, c)
+	}
 	return a.execute(p)
 }
 
-// pick finds the targets that a value names.
-func (a *admin) pick(what, v string) ([]*api.Target, error) {
-	if v == "ALL" {
-		var out []*api.Target
-		for i := range a.st.Targets {
-			out = append(out, &a.st.Targets[i])
-		}
-		return out, nil
-	}
+// others names the targets that are not in the configuration. The real tool removes
+// them; here other nodes, and other people, made them.
+func (a *admin) others(p *plan, c *conf) {
 	for i := range a.st.Targets {
-		t := &a.st.Targets[i]
-		if v == fmt.Sprintf("tid=%d", t.TID) || strings.EqualFold(v, t.IQN) {
-			return []*api.Target{t}, nil
+		if !c.has(a.st.Targets[i].IQN) {
+			p.comment("# Target %s is not in the configuration file; --delete removes it", a.st.Targets[i].IQN)
 		}
 	}
-	a.printf("There is no target with name \"%s\", can't %s it!\n", v, what)
-	return nil, exit(1)
 }
 
-func (a *admin) help(act string) error {
-	a.printf("      --%s <value>\t\t%s all or selected targets\n\nExample usage:\n      --%s help\t      - display this help\n      --%s ALL\t      - %s all targets\n"+
-		"      --%s tid=4\t      - %s target 4 (target with tid 4)\n      --%s iqn.2008-08.com.example:some.target - %s this target\n\n", act, act, act, act, act, act, act, act, act)
+func (c *conf) has(iqn string) bool {
+	return slices.ContainsFunc(c.targets, func(t *confTarget) bool { return strings.EqualFold(t.iqn, iqn) })
+}
+
+// byTID finds the target of a value "tid=N".
+func (a *admin) byTID(v string) *api.Target {
+	for i := range a.st.Targets {
+		if v == fmt.Sprintf("tid=%d", a.st.Targets[i].TID) {
+			return &a.st.Targets[i]
+		}
+	}
 	return nil
 }
 
-// inUse plans the end of the sessions of a target, or says that it is skipped.
-func (a *admin) remove(p *plan, t *api.Target, allow bool) bool {
-	if t.Sessions > 0 && !a.force && !allow {
-		p.comment("# Target %s is in use, it is not changed. You can override it with --force or 'allow-in-use yes'.", t.IQN)
-		return false
+const (
+	helpHead = "      --%[1]s <value>\t\t%[1]s all or selected targets\n"
+	helpUse  = "\t\t\t\tThe target will be %[2]s only if it's not used\n\t\t\t\t(no initiator is connected to it).\n" +
+		"\t\t\t\tIf you want to %[1]s targets which are in use,\n\t\t\t\tyou have to add \"--force\" flag.\n"
+	helpTail = "\nExample usage:\n      --%[1]s help\t      - display this help\n      --%[1]s ALL\t      - %[1]s all targets\n" +
+		"      --%[1]s tid=4\t      - %[1]s target 4 (target with tid 4)\n      --%[1]s iqn.2008-08.com.example:some.target - %[1]s this target\n\n"
+)
+
+func (a *admin) help(act string) error {
+	text := helpHead + helpTail
+	if act == "delete" || act == "update" {
+		text = helpHead + helpUse + helpTail
 	}
-	p.comment("# Removing target: %s", t.IQN)
-	args := []string{"--mode", "target", "--op", "delete", fmt.Sprintf("--tid=%d", t.TID)}
-	if t.Sessions > 0 {
-		args = append(args, "--force")
-	}
-	p.run(args...)
-	p.comment("")
-	return true
+	a.printf("%s", fmt.Sprintf(text, act, act+"d")) // delete and update both take a d
+	return nil
 }
 
 func (a *admin) update(p *plan, v string) error {
@@ -428,47 +470,62 @@ func (a *admin) update(p *plan, v string) error {
 	if err != nil {
 		return err
 	}
-	if err := a.begin(p); err != nil {
+	if err := a.begin(p, c); err != nil {
 		return err
 	}
-	if p.port == "" {
-		p.port = c.controlPort
+	if strings.HasPrefix(v, "tid=") {
+		t := a.byTID(v)
+		if t == nil {
+			a.printf("There is no target with tid %s, can't continue!\n", v[len("tid="):])
+			return exit(1)
+		}
+		v = t.IQN
 	}
-	tid := a.tids(c)
-	found := false
-	in := map[string]bool{}
-	for _, t := range c.targets {
-		have := a.byName(t.iqn)
-		in[strings.ToLower(t.iqn)] = true
-		if v != "ALL" && !strings.EqualFold(v, t.iqn) && (have == nil || v != fmt.Sprintf("tid=%d", have.TID)) {
-			continue
-		}
-		found = true
-		if have == nil {
-			p.add(t, tid(t))
-			continue
-		}
-		if !a.remove(p, have, t.allowInUse) {
-			continue
-		}
-		if t.tid == 0 {
-			t.tid = have.TID // a number that initiators' scripts know stays
-		}
-		p.add(t, t.tid)
-		p.comment("")
-	}
-	for i := range a.st.Targets {
-		t := &a.st.Targets[i]
-		if !in[t.IQN] && (v == "ALL" || strings.EqualFold(v, t.IQN) || v == fmt.Sprintf("tid=%d", t.TID)) {
-			found = true
-			p.comment("# Target %s is not in the configuration; --delete takes it away", t.IQN)
-		}
-	}
-	if !found && v != "ALL" {
-		a.printf("There is no target with name \"%s\", can't update it!\n", v)
+	if v != "ALL" && a.byName(v) == nil && !c.has(v) {
+		a.printf("Target %s is currently not configured\nand does not exist in the config file - can't continue!\n", v)
 		return exit(1)
 	}
+	if err := a.discovery(p, c); err != nil {
+		return err
+	}
+	tid := a.tids(c)
+	for _, t := range c.targets {
+		if v != "ALL" && !strings.EqualFold(v, t.iqn) {
+			continue
+		}
+		have := a.byName(t.iqn)
+		if have != nil {
+			if a.remove(p, have, "updated", t.allowInUse) {
+				p.comment("")
+				continue
+			}
+			if t.tid == 0 {
+				t.tid = have.TID // scripts know the number
+			}
+		}
+		p.add(t, tid(t))
+		p.comment("")
+	}
+	if v == "ALL" || !c.has(v) {
+		a.others(p, c)
+	}
 	return a.execute(p)
+}
+
+// remove plans the end of a target, unless it is in use: then it says so.
+func (a *admin) remove(p *plan, t *api.Target, what string, allow bool) (inUse bool) {
+	if t.Sessions > 0 && !a.force && !allow {
+		p.comment("# Target with tid %d (%s) is in use, it won't be %s.", t.TID, t.IQN, what)
+		return true
+	}
+	p.comment("# Removing target: %s", t.IQN)
+	args := []string{"--mode", "target", "--op", "delete", fmt.Sprintf("--tid=%d", t.TID)}
+	if t.Sessions > 0 {
+		args = append(args, "--force")
+	}
+	p.run(args...)
+	p.comment("")
+	return false
 }
 
 func (a *admin) delete(p *plan, v string) error {
@@ -478,12 +535,21 @@ func (a *admin) delete(p *plan, v string) error {
 	if _, err := a.status(); err != nil {
 		return err
 	}
-	ts, err := a.pick("delete", v)
-	if err != nil {
-		return err
-	}
-	for _, t := range ts {
-		a.remove(p, t, false)
+	switch t := a.byName(v); {
+	case v == "ALL":
+		for i := range a.st.Targets {
+			a.remove(p, &a.st.Targets[i], "deleted", false)
+		}
+	case strings.HasPrefix(v, "tid="):
+		if t = a.byTID(v); t == nil {
+			p.comment("# Target with tid %s does not exist!", v[len("tid="):])
+			break
+		}
+		a.remove(p, t, "deleted", false)
+	case t == nil:
+		p.comment("# Target with name %s does not exist!", v)
+	default:
+		a.remove(p, t, "deleted", false)
 	}
 	return a.execute(p)
 }
@@ -495,12 +561,25 @@ func (a *admin) state(p *plan, act, v string) error {
 	if _, err := a.status(); err != nil {
 		return err
 	}
-	ts, err := a.pick(act, v)
-	if err != nil {
-		return err
+	set := func(tid string, more ...string) {
+		args := append([]string{"--op", "update", "--mode", "target", "--tid=" + tid}, more...)
+		p.run(append(args, "-n", "state", "-v", act)...)
 	}
-	for _, t := range ts {
-		p.run("--op", "update", "--mode", "target", fmt.Sprintf("--tid=%d", t.TID), "-n", "state", "-v", act)
+	switch tid, ok := strings.CutPrefix(v, "tid="); {
+	case v == "ALL":
+		for i := range a.st.Targets {
+			set(fmt.Sprint(a.st.Targets[i].TID))
+		}
+	case ok:
+		set(tid)
+	default:
+		t := a.byName(v)
+		if t == nil {
+			a.printf("There is no target with name \"%s\", can't %s it!\n", v, act)
+			return exit(1)
+		}
+		tid := fmt.Sprintf("--tid=%d", t.TID)
+		p.runAs("--op update --mode target "+tid+` --name="`+v+`" -n state -v `+act, "--op", "update", "--mode", "target", tid, "-n", "state", "-v", act)
 	}
 	return a.execute(p)
 }
@@ -512,17 +591,20 @@ func (a *admin) dump() error {
 		return err
 	}
 	as, err := a.accounts()
-	if err != nil || len(st.Targets)+len(as) == 0 {
+	if err != nil {
 		return err
 	}
 	const secret = "PLEASE_CORRECT_THE_PASSWORD"
-	a.printf("default-driver iscsi\n\n")
+	discovery := ""
 	for _, x := range as {
 		for _, b := range x.Bindings {
 			if b.Target == "discovery" {
-				a.printf("%sdiscoveryuser %s %s\n", b.Direction, x.Name, secret)
+				discovery += fmt.Sprintf("%sdiscoveryuser %s %s\n", b.Direction, x.Name, secret)
 			}
 		}
+	}
+	if len(st.Targets) > 0 || discovery != "" {
+		a.printf("default-driver iscsi\n\n%s", discovery)
 	}
 	ts := slices.Clone(st.Targets)
 	slices.SortFunc(ts, func(x, y api.Target) int { return x.TID - y.TID })

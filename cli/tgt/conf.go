@@ -1,6 +1,7 @@
 package tgt
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -190,6 +191,7 @@ func keyValue(s string) (key, value string) {
 // conf is a targets.conf that was understood.
 type conf struct {
 	ignoreErrors bool
+	driver       bool // default-driver stands there
 	controlPort  string
 	incoming     [][2]string // of discovery: name and secret
 	outgoing     *[2]string
@@ -219,6 +221,7 @@ type confLUN struct {
 	flags  string
 	device string
 	params [][2]string // in order
+	more   []string    // of "params": handed over as they stand
 	cache  *bool
 }
 
@@ -286,6 +289,7 @@ func understand(entries []*entry) (*conf, error) {
 			names[t.iqn] = true
 			c.targets = append(c.targets, t)
 		case "default-driver":
+			c.driver = true
 			if err = seen.see(e); err == nil && e.value != "iscsi" {
 				err = e.errorf("default-driver %s: only iscsi is served", e.value)
 			}
@@ -321,6 +325,8 @@ func understand(entries []*entry) (*conf, error) {
 			return nil, err
 		}
 	}
+	// tgt-admin takes them by name, and that decides about their numbers.
+	slices.SortStableFunc(c.targets, func(a, b *confTarget) int { return strings.Compare(a.iqn, b.iqn) })
 	return c, nil
 }
 
@@ -397,6 +403,11 @@ func understandTarget(at *entry) (*confTarget, error) {
 			return nil, err
 		}
 	}
+	// tgt-admin numbers stores by path, backing-store before direct-store: initiators
+	// must find the same disk under a number.
+	slices.SortStableFunc(t.luns, func(a, b *confLUN) int {
+		return cmp.Or(strings.Compare(a.at.key, b.at.key), strings.Compare(a.path, b.path))
+	})
 	numbers := map[int]bool{}
 	for _, l := range t.luns {
 		lseen := once{}
@@ -471,11 +482,10 @@ func (l *confLUN) set(e *entry, seen once) error {
 	case "device-type":
 		l.device = e.value
 	case "params":
-		ps, err := params(e.value)
-		if err != nil {
+		if _, err := params(e.value); err != nil {
 			return e.errorf("params %s: NAME=VALUE is needed", e.value)
 		}
-		l.params = append(l.params, ps...)
+		l.more = append(l.more, e.value)
 	default:
 		if !slices.Contains(lunParams, e.key) {
 			return e.errorf("unknown directive %q", e.key)

@@ -106,10 +106,11 @@ func TestConf(t *testing.T) {
 	if !c.ignoreErrors || c.controlPort != "3" || fmt.Sprint(c.incoming, *c.outgoing) != "[[a b]] [c d]" || len(c.targets) != 3 {
 		t.Fatalf("%+v", c)
 	}
-	if c.targets[0].iqn != "iqn.2013-05.x:a" || c.targets[1].luns[0].params[0] != [2]string{"readonly", "1"} {
-		t.Fatalf("included: %+v %+v", c.targets[0], c.targets[1].luns[0])
+	// By name, as tgt-admin takes them.
+	if c.targets[1].iqn != "iqn.2013-05.x:a" || c.targets[2].luns[0].params[0] != [2]string{"readonly", "1"} {
+		t.Fatalf("included: %+v %+v", c.targets[1], c.targets[2].luns[0])
 	}
-	x := c.targets[2]
+	x := c.targets[0]
 	if x.tid != 7 || !x.allowInUse || fmt.Sprint(x.incoming, *x.outgoing, x.addresses, x.names) != "[[christina 123#456] [other secret]] [clyde 654321] [172.16.0.0/16 10.0.0.1] [iqn.2000-01.x:a]" {
 		t.Fatalf("%+v", x)
 	}
@@ -124,7 +125,7 @@ func TestConf(t *testing.T) {
 		t.Fatalf("%v", luns)
 	}
 	b := x.luns[1]
-	if b.block != "4096" || *b.cache || b.bstype != "rdwr" || b.bsopts != "x" || b.flags != "direct" || b.device != "disk" || len(b.params) != 16 {
+	if b.block != "4096" || *b.cache || b.bstype != "rdwr" || b.bsopts != "x" || b.flags != "direct" || b.device != "disk" || len(b.params) != 15 || fmt.Sprint(b.more) != "[thin_provisioning=1]" {
 		t.Fatalf("%+v", b)
 	}
 }

@@ -116,3 +116,55 @@ func long(prog string, table []option, name string) (option, error) {
 	}
 	return option{}, usage("%s", s)
 }
+
+// perlopt reads args with the rules of Perl's Getopt::Long, which tgt-admin uses:
+// one dash is as good as two, letters do not combine.
+func perlopt(table []option, args []string) ([]parsed, error) {
+	var out []parsed
+	for i := 0; i < len(args); i++ {
+		a := args[i]
+		if a == "--" {
+			for _, o := range args[i+1:] {
+				out = append(out, parsed{arg: o})
+			}
+			return out, nil
+		}
+		if len(a) < 2 || a[0] != '-' {
+			out = append(out, parsed{arg: a})
+			continue
+		}
+		name, val, has := strings.Cut(strings.TrimPrefix(a[1:], "-"), "=")
+		var hits []option
+		for _, t := range table {
+			if t.long == name || len(name) == 1 && t.short == name[0] {
+				hits = []option{t}
+				break
+			}
+			if name != "" && strings.HasPrefix(t.long, name) {
+				hits = append(hits, t)
+			}
+		}
+		switch {
+		case len(hits) == 0:
+			return nil, fmt.Errorf("Unknown option: %s", name)
+		case len(hits) > 1:
+			var names []string
+			for _, h := range hits {
+				names = append(names, h.long)
+			}
+			return nil, fmt.Errorf("Option %s is ambiguous (%s)", name, strings.Join(names, ", "))
+		}
+		o := hits[0]
+		switch {
+		case has && !o.arg:
+			return nil, fmt.Errorf("Option %s does not take an argument", name)
+		case o.arg && !has:
+			if i++; i >= len(args) {
+				return nil, fmt.Errorf("Option %s requires an argument", name)
+			}
+			val = args[i]
+		}
+		out = append(out, parsed{o, val})
+	}
+	return out, nil
+}

@@ -396,7 +396,7 @@ func (s *session) importIET(file string, pretend bool) error {
 	}
 	a := &admin{session: s, pretend: pretend, verbose: true}
 	p := &plan{}
-	if err := a.begin(p); err != nil {
+	if err := a.begin(p, c); err != nil {
 		return err
 	}
 	if err := a.discovery(p, c); err != nil {

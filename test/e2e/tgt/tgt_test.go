@@ -18,6 +18,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/initiator"
 	"github.com/blockhouse-san/blockhouse/internal/testproc"
+	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/test/e2e/cluster"
 )
 
@@ -39,11 +40,15 @@ type side struct {
 
 // login opens a session, which logout ends; it waits until the tools show it or no
 // longer show it.
-func (s *side) login(t *testing.T, iqn string) {
+func (s *side) login(t *testing.T, words []string) {
 	t.Helper()
+	iqn, cfg := words[0], initiator.Config{InitiatorName: "iqn.2026-01.org.x:me"}
+	if len(words) == 3 {
+		cfg.CHAP = &iscsi.CHAPCredentials{User: words[1], Secret: []byte(words[2]), Algorithms: []iscsi.CHAPAlgorithm{iscsi.CHAPMD5}} // tgtd's 7 is not IANA's
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	d, err := initiator.Login(ctx, s.portal, iqn, initiator.Config{InitiatorName: "iqn.2026-01.org.x:me"})
+	d, err := initiator.Login(ctx, s.portal, iqn, cfg)
 	if err != nil {
 		t.Fatalf("login at %s: %v", s.portal, err)
 	}
@@ -204,7 +209,7 @@ func theirs(t *testing.T) *side {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	s := &side{dir: filepath.Dir(prog), dev: stores(t), env: []string{"TGT_IPC_SOCKET=" + filepath.Join(dir, "s")}, args: []string{"-C", "7799"}}
+	s := &side{dir: filepath.Dir(prog), dev: stores(t), env: []string{"TGT_IPC_SOCKET=" + filepath.Join(dir, "s"), "PATH=" + filepath.Dir(prog) + ":" + os.Getenv("PATH")}, args: []string{"-C", "7799"}}
 	port := testproc.FreePort(t)
 	s.portal = fmt.Sprintf("127.0.0.1:%d", port)
 	p := testproc.Start(t, testproc.Spec{Name: "tgtd", Env: s.env, Grace: time.Millisecond,
@@ -238,18 +243,39 @@ func script(t *testing.T, name string) []string {
 	return out
 }
 
-// Every line of the script gives the same as the real tool, but for the
+// Every line of the scripts gives the same as with the real tools, but for the
 // differences that are written down; and each of those occurs.
 func TestBesideTheRealTool(t *testing.T) {
 	real := theirs(t)
 	our, _ := ours(t)
+	our.args = real.args // taken, and of no meaning here
 	rules := readRules(t)
-	for _, line := range script(t, "beside.script") {
-		if iqn, ok := strings.CutPrefix(line, "@login "); ok {
-			real.login(t, iqn)
-			our.login(t, iqn)
+	for _, s := range []*side{real, our} {
+		if err := os.Mkdir(filepath.Join(s.dev, "conf"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		files, err := filepath.Glob("testdata/conf/*.conf")
+		if err != nil || len(files) == 0 {
+			t.Fatal(files, err)
+		}
+		for _, f := range files {
+			b, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(s.dev, "conf", filepath.Base(f)), bytes.ReplaceAll(b, []byte("$DEV"), []byte(s.dev)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, line := range append(script(t, "beside.script"), script(t, "admin.script")...) {
+		words := strings.Fields(line)
+		switch words[0] {
+		case "@login":
+			real.login(t, words[1:])
+			our.login(t, words[1:])
 			continue
-		} else if line == "@logout" {
+		case "@logout":
 			real.logout(t)
 			our.logout(t)
 			continue

@@ -163,7 +163,7 @@ func TestTargetsConf(t *testing.T) {
 `)
 	conf := "tgt-admin -c " + file + " "
 	plan := strings.Join(s.run(t, conf+"-e -p"), "\n")
-	for _, want := range []string{"tgtadm --lld iscsi --op new --mode target --tid 1 -T iqn.2013-05.com.magedu:tsan.disk1\n", `--lun 1 -b "$DEV/sda5"`, "--user=christina --password=(hidden)\n",
+	for _, want := range []string{"tgtadm -C 0 --lld iscsi --op new --mode target --tid 1 -T iqn.2013-05.com.magedu:tsan.disk1\n", `--lun 1 -b "$DEV/sda5"`, "--user=christina --password=(hidden)\n",
 		"--op new --mode target --tid 7 -T", "--tid 7 --lun 5 -b", "-Q iqn.2000-01.x:a", "exit 0"} {
 		if !strings.Contains(plan, want) {
 			t.Errorf("the plan lacks %q:\n%s", want, plan)
@@ -185,7 +185,7 @@ func TestTargetsConf(t *testing.T) {
 	if st, err := c.Nodes[0].Status(); err != nil || !st.Targets[1].Offline || st.Targets[0].Offline || st.Targets[1].TID != 7 {
 		t.Errorf("%+v, %v", st.Targets, err)
 	}
-	s.expect(t, "tgt-admin --ready ALL -v", "tgtadm --op update --mode target --tid=1 -n state -v ready\ntgtadm --op update --mode target --tid=7 -n state -v ready")
+	s.expect(t, "tgt-admin --ready ALL -v", "tgtadm -C 0 --op update --mode target --tid=1 -n state -v ready\ntgtadm -C 0 --op update --mode target --tid=7 -n state -v ready")
 	got := s.run(t, "tgt-admin --offline iqn.none")
 	if strings.Join(got, "|") != `There is no target with name "iqn.none", can't offline it!|exit 1` {
 		t.Errorf("%q", got)
@@ -195,11 +195,13 @@ func TestTargetsConf(t *testing.T) {
 	if want := "tgt-admin: " + file + `:2: unknown directive "bogus" in target iqn.2013-05.x:c|exit 1`; strings.Join(got, "|") != want {
 		t.Errorf("%q, want %q", got, want)
 	}
-	write("<target iqn.2013-05.x:c>\n\tbacking-store $DEV/none\n</target>\n")
+	write("<target iqn.2013-05.x:c>\n\tbacking-store $DEV/none\n\tMaxBurstLength 4\n</target>\n")
 	got = s.run(t, conf+"-e")
-	if text := strings.Join(got, "\n"); !strings.Contains(text, "Command:\n\ttgtadm --lld iscsi --op new --mode logicalunit --tid 2 --lun 1 -b \"$DEV/none\"\nexited with code: 22.\nexit 22") {
+	if text := strings.Join(got, "\n"); !strings.Contains(text, "Command:\n\ttgtadm -C 0 --lld iscsi --mode target --op update --tid 8 --name MaxBurstLength --value 4\nexited with code: 22.\n") || !strings.HasSuffix(text, "exit 22") {
 		t.Errorf("%s", text)
 	}
+	s.expect(t, "tgt-admin --delete iqn.2013-05.x:c", "")
+	s.expect(t, conf+"-e --ignore-errors", "tgtadm: invalid request\n  why: MaxBurstLength=4: 512 to 16777215 are possible\n# Skipping device: $DEV/none")
 	s.expect(t, "tgt-admin --delete ALL", "")
 	s.expect(t, "tgtadm --op show --mode target", "")
 }
