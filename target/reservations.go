@@ -14,7 +14,9 @@ import (
 // Conflicts is on the path of every command and must not block. Apply answers
 // only when the change is in force for every command that is checked afterwards
 // (SAFETY §4); the caller then does what the result says: queue attentions,
-// abort and drain tasks, and only after that send status.
+// abort and drain tasks, and only after that send status. An implementation whose
+// state also changes by others does that itself, by Server.Enforce, and gives
+// results that ask for nothing.
 type Reservations interface {
 	// Conflicts tells whether a command of class c from n has to be answered with
 	// RESERVATION CONFLICT.
@@ -22,8 +24,10 @@ type Reservations interface {
 	// Snapshot is the state that PERSISTENT RESERVE IN reports. It is not changed
 	// afterwards by anyone.
 	Snapshot() *pr.State
-	// Apply runs a request. An error means that it is not known whether it took
-	// effect: the command gets no status and the session is reset.
+	// Apply runs a request. ErrNotReady, ErrStandby and ErrUnavailable say that it
+	// did not and will not take effect; the command ends with their sense. Any other
+	// error means that it is not known, or may not be said, whether it took effect:
+	// the command gets no status and the session is reset.
 	Apply(ctx context.Context, q pr.Request) (pr.Result, error)
 }
 

@@ -1,8 +1,10 @@
 package target
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/blockhouse-san/blockhouse/scsi"
 	"github.com/blockhouse-san/blockhouse/target/pr"
@@ -84,24 +86,16 @@ func runReserveOut(x *exec) error {
 // reserve runs a request and does what its result says, before status.
 func (x *exec) reserve(q pr.Request) error {
 	r, err := x.lu.res.Apply(x.ctx, q)
-	if err != nil {
+	switch {
+	case err == nil:
+	case errors.Is(err, ErrNotReady), errors.Is(err, ErrStandby), errors.Is(err, ErrUnavailable):
+		return err // it did not take effect, and says so
+	default:
 		// In force or not, nobody knows: the initiator has to ask again.
 		return fmt.Errorf("%w: %s: %w", ErrReset, x.cdb.Cmd, err)
 	}
-	srv := x.s.srv
-	srv.notify(x.lu, r.Notify)
-	if len(r.Abort) > 0 {
-		done := make(chan struct{})
-		g := &group{done: func() { close(done) }}
-		for _, s := range srv.list() {
-			for _, n := range r.Abort {
-				if s.tgt != nil && n.Is(s.nexus) && s != x.s {
-					s.abortInto(g, func(t *task) bool { return t.lu == x.lu })
-				}
-			}
-		}
-		g.release()
-		<-done
+	if err := x.s.srv.enforce(x.ctx, x.lu.volume, r); err != nil {
+		return fmt.Errorf("%w: %s: %w", ErrReset, x.cdb.Cmd, err)
 	}
 	switch r.Status {
 	case scsi.StatusGood:
@@ -113,6 +107,64 @@ func (x *exec) reserve(q pr.Request) error {
 		return errors.New("reservation refused without a reason")
 	}
 	return r.Sense
+}
+
+// Enforce does what a change of a volume's reservations asks for besides what
+// Reservations.Conflicts already answers by: it queues the attentions, aborts the
+// tasks of victims, and returns nil when none of those is in the backend any more,
+// nor any command that was let in before and would conflict now (SAFETY §4). For
+// Reservations whose changes do not all come from this server. The error is ctx's.
+func (s *Server) Enforce(ctx context.Context, volume string, r pr.Result) error {
+	return s.enforce(ctx, volume, r)
+}
+
+func (s *Server) enforce(ctx context.Context, volume string, r pr.Result) error {
+	s.mu.Lock()
+	u := s.lus[volume]
+	s.mu.Unlock()
+	if u != nil {
+		s.notify(u, r.Notify)
+	}
+	done := make(chan struct{})
+	g := &group{done: func() { close(done) }}
+	for _, x := range s.list() {
+		if x.tgt == nil {
+			continue
+		}
+		// By volume: a unit that Apply has just replaced may still have commands.
+		if slices.ContainsFunc(r.Abort, func(v pr.Victim) bool { return v.Is(x.nexus) }) {
+			x.abortInto(g, func(t *task) bool {
+				return t.lu != nil && t.lu.volume == volume && t.cdb.Cmd.Effect != scsi.EffectReserve
+			})
+		}
+		x.drainInto(g, func(t *task) bool { return t.trespasses(volume, u) })
+	}
+	g.release()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("volume %s: commands of initiators without the right to it have not ended: %w", volume, ctx.Err())
+	}
+}
+
+// trespasses tells whether a task is in the backend of a volume, or may get there
+// without asking again, though it would conflict now. Its session's mu is held.
+func (t *task) trespasses(volume string, u *logicalUnit) bool {
+	if t.state != stateRun || t.lu == nil {
+		return false
+	}
+	switch {
+	case t.cdb.Cmd.Effect == scsi.EffectReserve:
+		return false // ordered among themselves by Reservations.Apply, which may be waiting for us
+	case t.cdb.Cmd.Op == scsi.OpSanitize:
+		return false // outlives every reservation (SBC-3 4.11)
+	case t.lu.volume == volume:
+		return t.lu.res.Conflicts(t.s.nexus, t.cdb.Conflict())
+	case t.cdb.Cmd.Op == scsi.OpExtendedCopy && u != nil: // from any unit to any other
+		return u.res.Conflicts(t.s.nexus, scsi.ConflictWrite) || u.res.Conflicts(t.s.nexus, scsi.ConflictRead)
+	}
+	return false
 }
 
 func checkReserve(t *task) *scsi.Sense {

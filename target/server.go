@@ -827,9 +827,15 @@ func (s *Server) clear(us []*logicalUnit, by *session, code scsi.ASC, reset bool
 		for _, u := range us {
 			u.medium.reset()
 			u.mode.reset()
-			if _, err := u.res.Apply(context.Background(), pr.Request{Kind: pr.KindReset, Nexus: by.nexus}); err != nil {
-				s.log.Warn("release reservation at reset", zap.String("volume", u.volume), zap.Error(err))
-			}
+			g.hold()
+			s.wg.Add(1)
+			go func() { // a cluster takes its time: the reader does not wait
+				defer s.wg.Done()
+				defer g.release()
+				if _, err := u.res.Apply(context.Background(), pr.Request{Kind: pr.KindReset, Nexus: by.nexus}); err != nil {
+					s.log.Warn("release reservation at reset", zap.String("volume", u.volume), zap.Error(err))
+				}
+			}()
 		}
 	}
 	g.release()
@@ -845,11 +851,16 @@ func (s *Server) notify(u *logicalUnit, as []pr.Attention) {
 			continue
 		}
 		for _, a := range as {
-			if a.Nexus.ID == x.nexus.ID && (a.AllPorts || a.Nexus.Port == x.nexus.Port) {
+			if a.For(x.nexus) {
 				x.attend(u, a.Code)
 			}
 		}
 	}
+}
+
+// Nexus tells whether there is a session of a nexus, also one that is ending.
+func (s *Server) Nexus(n pr.Nexus) bool {
+	return slices.ContainsFunc(s.list(), func(x *session) bool { return x.tgt != nil && x.nexus == n })
 }
 
 // Sessions is a snapshot of all sessions, in order of login.

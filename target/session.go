@@ -531,6 +531,18 @@ func (s *session) detach(c *conn, why error, done func()) {
 	s.abort(func(t *task) bool { return t.c == c }, done)
 }
 
+// drainInto makes g wait for the tasks that match.
+func (s *session) drainInto(g *group, match func(*task) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, t := range s.tasks {
+		if match(t) {
+			g.hold()
+			t.ends = append(t.ends, g.release)
+		}
+	}
+}
+
 // end closes the session: its tasks are aborted, and when they have ended what
 // belongs to the nexus is released.
 func (s *session) end(why error) {

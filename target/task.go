@@ -544,7 +544,7 @@ func (t *task) run(ctx context.Context) {
 				t.lu.observe(t.c.srv.now() - begin)
 			}
 		}
-		if e := t.lu.gate.Leave(in, op); e != nil {
+		if e := t.lu.gate.Leave(in, op); e != nil && !errors.Is(err, ErrReset) {
 			err = e
 		}
 	}
