@@ -30,7 +30,7 @@ var TargetParams = []TargetParam{
 	{Name: "MaxBurstLength", Default: "1048576", Min: 512, Max: 16777215},
 	{Name: "DataPDUInOrder", Default: "Yes", Values: []string{"Yes"}},
 	{Name: "DataSequenceInOrder", Default: "Yes", Values: []string{"Yes"}},
-	{Name: "ErrorRecoveryLevel", Default: "0", Max: 2},
+	{Name: "ErrorRecoveryLevel", Default: "1", Max: 2},
 	{Name: "IFMarker", Default: "No", Values: []string{"No"}},
 	{Name: "OFMarker", Default: "No", Values: []string{"No"}},
 	{Name: "DefaultTime2Wait", Default: "2", Max: 3600},

@@ -294,7 +294,7 @@ func (t *Target) validateLimits() error {
 const (
 	maxQueueDepth = 4096
 	// maxRecoveryLevel is what the target does of RFC 7143 section 7.
-	maxRecoveryLevel = 0
+	maxRecoveryLevel = 1
 )
 
 // DefaultWant are the limits of a server that is not told others: those of

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -43,7 +42,8 @@ type conn struct {
 	cid                      uint16    // set at login, with what follows
 	since                    time.Time // end of login
 	headerDigest, dataDigest bool
-	track                    bool // acked is kept: there may be other connections
+	track                    bool // acked is kept: there may be other connections, or keeps
+	keeps                    bool // error recovery level 1
 
 	lastRead atomic.Int64 // ns since the server's start
 	pinged   atomic.Int64 // when an unanswered NOP-In was sent, 0 = none
@@ -89,6 +89,7 @@ type conn struct {
 	w        *iscsi.Writer
 	spare    []response
 	statSN   iscsi.Serial
+	kept     []kept // in order of StatSN
 	deadline time.Time
 	failed   bool
 }
@@ -287,11 +288,17 @@ func (c *conn) judge(b *iscsi.BHS, err error) error {
 	if err != nil {
 		c.s.countProtocol(err)
 	}
+	if c.dataLost(err) && b != nil { // it was read to its end, and its CmdSN is not used up
+		c.reject(b, iscsi.RejectDataDigest)
+		return nil
+	}
 	if err == nil || !errors.As(err, &pe) || pe.Fatal || b == nil {
 		return err
 	}
 	h := *b // reading on overwrites it
-	if err := c.r.DiscardData(); err != nil {
+	if err := c.r.DiscardData(); c.dataLost(err) {
+		c.s.countProtocol(err)
+	} else if err != nil {
 		return err
 	}
 	c.reject(&h, pe.Reason)
@@ -373,7 +380,7 @@ func (c *conn) dispatch(b *iscsi.BHS) error {
 	case iscsi.OpLogoutReq:
 		return c.onLogout(b)
 	case iscsi.OpSNACK:
-		return &iscsi.ProtocolError{Reason: iscsi.RejectSNACK, Opcode: b.Opcode(), Why: "error recovery level is 0"}
+		return c.onSNACK(b)
 	case iscsi.OpLoginReq:
 		return &iscsi.ProtocolError{Reason: iscsi.RejectProtocolError, Opcode: b.Opcode(), Why: "login in full feature phase"}
 	}
@@ -561,9 +568,14 @@ type response struct {
 	last  bool      // close after it
 	fence *fence    // armed when this is sent
 
+	// A SNACK that is answered out of what is kept, with its header.
+	snack  *iscsi.SNACK
+	header *iscsi.BHS
+
 	// SCSI response with Data-In in front.
 	scsi        bool
 	itt         uint32
+	lun         iscsi.LUN
 	status      uint8
 	failed      bool // service response: target failure
 	in          []byte
@@ -599,6 +611,10 @@ func (c *conn) writer() {
 			c.flush()
 		case <-c.closed:
 			c.flush() // returns the buffers
+			c.flushing.Lock()
+			c.failed = true
+			c.letGo(len(c.kept))
+			c.flushing.Unlock()
 			return
 		}
 	}
@@ -612,6 +628,9 @@ func (c *conn) flush() {
 		return
 	}
 	defer c.flushing.Unlock()
+	if len(c.kept) > 0 {
+		c.trim()
+	}
 	for {
 		c.out.Lock()
 		q := c.out.q
@@ -686,42 +705,38 @@ func (c *conn) release(q []response) {
 // encode gives a response its numbers and queues its PDUs.
 func (c *conn) encode(o *response) error {
 	exp, mx := c.s.window()
-	if o.scsi {
+	switch {
+	case o.snack != nil:
+		return c.resend(o, exp, mx)
+	case o.scsi && c.keeps:
+		return c.encodeKept(o, exp, mx)
+	case o.scsi:
 		return c.encodeSCSI(o, exp, mx)
 	}
-	h := c.w.Begin()
+	sn := c.statSN
+	numbered := true
 	switch p := o.pdu.(type) {
 	case *iscsi.R2T:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.statSN, exp, mx
-		p.Encode(h)
+		numbered = false
 	case *iscsi.NopIn:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.statSN, exp, mx
-		if p.ITT != iscsi.ReservedTag {
-			c.statSN++
-		}
-		p.Encode(h)
-		if o.fence != nil {
-			c.arm(o.fence, c.statSN)
-		}
-	case *iscsi.TaskMgmtResponse:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
-		p.Encode(h)
-	case *iscsi.TextResponse:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
-		p.Encode(h)
-	case *iscsi.LogoutResponse:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
-		p.Encode(h)
-	case *iscsi.Async:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
-		p.Encode(h)
-	case *iscsi.Reject:
-		p.StatSN, p.ExpCmdSN, p.MaxCmdSN = c.stat(), exp, mx
-		p.Encode(h)
-	default:
-		return fmt.Errorf("send %T: not a target's PDU", p)
+		numbered = p.ITT != iscsi.ReservedTag
 	}
-	return c.w.End(nil, o.data)
+	if numbered {
+		c.statSN++
+	}
+	h := c.w.Begin()
+	renumber(o.pdu, sn, exp, mx)
+	o.pdu.Encode(h)
+	if o.fence != nil {
+		c.arm(o.fence, c.statSN)
+	}
+	if err := c.w.End(nil, o.data); err != nil {
+		return err
+	}
+	if numbered && c.keeps {
+		c.keep(sn, o, kept{})
+	}
+	return nil
 }
 
 func (c *conn) stat() iscsi.Serial {
@@ -759,15 +774,7 @@ func (c *conn) encodeSCSI(o *response, exp, mx iscsi.Serial) error {
 	if off > 0 && collapse {
 		return nil
 	}
-	r := iscsi.ScsiResponse{
-		Overflow: o.over, Underflow: o.under, Residual: o.residual, Status: o.status, ITT: o.itt,
-		StatSN: c.stat(), ExpCmdSN: exp, MaxCmdSN: mx, ExpDataSN: sn + o.dataSN,
-	}
-	if o.failed {
-		r.Response = iscsi.ResponseTargetFailure
-	}
-	r.Encode(c.w.Begin())
-	return c.w.End(nil, o.data)
+	return c.encodeStatus(o, c.stat(), sn, 0, exp, mx)
 }
 
 // fence is f that waits for the acknowledgement of what was sent before StatSN sn.

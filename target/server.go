@@ -631,7 +631,8 @@ var errConnReinstated = errors.New("the initiator logged the connection in again
 func (c *conn) begin(x *session, id *iscsi.LoginIdentity, p *iscsi.Params) {
 	c.s, c.cid, c.since = x, id.CID, time.Now()
 	c.headerDigest, c.dataDigest = p.HeaderDigest, p.DataDigest
-	c.track = x.params.MaxConnections > 1
+	c.keeps = x.params.ErrorRecoveryLevel > 0
+	c.track = c.keeps || x.params.MaxConnections > 1
 	c.lastRead.Store(c.srv.now())
 	if x.log != nil {
 		c.log = x.log.With(zap.Stringer("remote", c.remote))

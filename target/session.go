@@ -37,6 +37,7 @@ type session struct {
 	stats  sessionStats // its map is guarded by mu
 	lost   sync.Once    // nexus loss was done
 	copies copyResults
+	kept   atomic.Int64 // bytes of Data-In kept for a SNACK, of all connections
 
 	// attentions is the number of queued unit attentions, so that the path of
 	// every command need not take mu.

@@ -51,14 +51,19 @@ type task struct {
 	want    int
 	full    bool  // there was no room for its data: TASK SET FULL
 	held    int64 // bytes of the server's budget
-	arrived int   // bytes of [0, edtl) received in order
+	arrived int   // bytes of [0, edtl) received in order, lost ones included
+	next    int   // where the next unsolicited data belong
 	unsolSN uint32
 	r2ts    []r2t // outstanding
+	holes   []r2t // lost to a digest error and not asked for again yet
+	again   int   // R2Ts outstanding that ask again
 	r2tSN   uint32
 	asked   int  // bytes up to which R2Ts were sent
 	due     bool // the command has had its turn (deliver ran)
 	missing bool // at its turn there were data to come
-	verdict *outcome
+	// recoveries counts the losses.
+	recoveries int
+	verdict    *outcome
 
 	lock   rangeLock
 	locked bool
@@ -74,7 +79,8 @@ type task struct {
 }
 
 type r2t struct {
-	ttt         uint32
+	ttt, sn     uint32 // target transfer tag, R2TSN
+	again       bool   // asks for what was lost
 	off, length uint32
 	got         uint32
 	dataSN      uint32
@@ -145,10 +151,18 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	if imm > 0 {
 		s.mu.Lock()
 		if err := t.receive(0, imm); err != nil {
+			// The initiator sends the whole command again (RFC 7143 7.8); what follows
+			// this one is of no use.
+			if c.dataLost(err) {
+				c.bury(t.itt)
+			}
 			s.mu.Unlock()
+			if c.dataLost(err) {
+				t.end()
+			}
 			return err
 		}
-		t.arrived = imm
+		t.arrived, t.next = imm, imm
 		s.mu.Unlock()
 	}
 	taken, run := s.order(turn{c: c, t: t}, p.CmdSN, p.Immediate)
@@ -235,7 +249,7 @@ func (t *task) deliver(own bool) (run *task) {
 		s.mu.Unlock()
 		return nil
 	}
-	t.missing = t.want > t.arrived
+	t.missing = t.want > t.arrived || len(t.holes) > 0
 	s.mu.Unlock()
 	o := t.check()
 	s.mu.Lock()
@@ -269,7 +283,7 @@ func (t *task) advance(own bool) (run *task) {
 	case t.verdict != nil:
 		s.mu.Unlock()
 		t.respond(*t.verdict)
-	case t.arrived < t.want:
+	case t.arrived < t.want || len(t.holes) > 0 || t.again > 0:
 		t.ask()
 		s.mu.Unlock()
 	default:
@@ -281,15 +295,21 @@ func (t *task) advance(own bool) (run *task) {
 // ask sends R2Ts as far as allowed.
 func (t *task) ask() {
 	p := &t.s.params
-	if t.asked < t.arrived {
-		t.asked = t.arrived
+	t.asked = max(t.asked, t.next)
+	send := func(r r2t) {
+		r.ttt, r.sn = t.c.ttt(), t.r2tSN
+		t.r2tSN++
+		t.r2ts = append(t.r2ts, r)
+		t.c.queue(response{pdu: r.pdu(t)})
+	}
+	for len(t.r2ts) < p.MaxOutstandingR2T && len(t.holes) > 0 { // recovery R2Ts (RFC 7143 7.8)
+		t.again++
+		send(r2t{again: true, off: t.holes[0].off, length: t.holes[0].length})
+		t.holes = slices.Delete(t.holes, 0, 1)
 	}
 	for len(t.r2ts) < p.MaxOutstandingR2T && t.asked < t.want {
 		n := min(t.want-t.asked, p.MaxBurstLength)
-		r := r2t{ttt: t.c.ttt(), off: uint32(t.asked), length: uint32(n)}
-		t.r2ts = append(t.r2ts, r)
-		t.c.queue(response{pdu: &iscsi.R2T{LUN: t.wireLUN, ITT: t.itt, TTT: r.ttt, R2TSN: t.r2tSN, Offset: r.off, Length: r.length}})
-		t.r2tSN++
+		send(r2t{off: uint32(t.asked), length: uint32(n)})
 		t.asked += n
 	}
 }
@@ -336,19 +356,37 @@ func (c *conn) onDataOut(b *iscsi.BHS) error {
 		t.advance(true) // unlocks; with a verdict there is nothing to run
 		return c.r.DiscardData()
 	}
-	if err := t.receive(int(p.Offset), n); err != nil {
+	lost := t.receive(int(p.Offset), n)
+	if lost != nil && !c.dataLost(lost) {
 		s.mu.Unlock()
-		return err
+		return lost
 	}
-	t.arrived += n
+	if lost != nil {
+		s.countProtocol(lost)
+		c.reject(b, iscsi.RejectDataDigest) // before the R2T that asks again
+		t.lose(int(p.Offset), n)
+		if t.recoveries > maxRecoveries && t.verdict == nil {
+			c.bury(t.itt)
+			t.final = true
+			t.verdict = &outcome{status: scsi.StatusCheckCondition, sense: scsi.Check(scsi.AbortedCommand, scsi.ASCProtocolCRC)}
+		}
+	}
 	if i < 0 {
+		t.arrived += n
+		t.next += n
 		t.unsolSN++
 		t.final = p.Final
 	} else {
 		r := &t.r2ts[i]
+		if !r.again {
+			t.arrived += n
+		}
 		r.got += uint32(n)
 		r.dataSN++
 		if p.Final {
+			if r.again {
+				t.again--
+			}
 			t.r2ts = append(t.r2ts[:i], t.r2ts[i+1:]...)
 		}
 	}
@@ -369,14 +407,14 @@ func (t *task) place(p *iscsi.DataOut, n int) (i int, code scsi.ASC, why string)
 			return wrong(scsi.ASCUnexpectedUnsolicited, "unsolicited data after the final bit")
 		case p.DataSN != t.unsolSN:
 			return wrong(scsi.ASCDataPhase, "DataSN is out of order")
-		case uint64(p.Offset) != uint64(t.arrived):
+		case uint64(p.Offset) != uint64(t.next):
 			return wrong(scsi.ASCDataOffset, "buffer offset is out of order")
 		case uint64(p.Offset)+uint64(n) > uint64(end):
 			return wrong(scsi.ASCTooMuchWriteData, "unsolicited data exceed FirstBurstLength or the expected length")
-		case p.Final && t.arrived+n < end && t.arrived+n < t.want && t.verdict == nil:
+		case p.Final && t.next+n < end && t.next+n < t.want && t.verdict == nil:
 			// §11.3.1: with F=0 the initiator sends FirstBurstLength bytes or all.
 			return wrong(scsi.ASCNotEnoughUnsolicited, "unsolicited data end early")
-		case !p.Final && t.arrived+n >= end:
+		case !p.Final && t.next+n >= end:
 			return wrong(scsi.ASCDataPhase, "the final bit is missing at the end of the first burst")
 		}
 		return -1, 0, ""
@@ -635,7 +673,7 @@ func (t *task) respond(o outcome) {
 }
 
 func (t *task) send(o outcome) {
-	r := response{scsi: true, itt: t.itt, status: uint8(o.status), dataSN: t.r2tSN}
+	r := response{scsi: true, itt: t.itt, lun: t.wireLUN, status: uint8(o.status), dataSN: t.r2tSN}
 	if o.sense != nil {
 		desc := t.lu != nil && t.lu.mode.descriptorSense()
 		r.data = iscsi.AppendSense(nil, o.sense.Bytes(desc), nil)
