@@ -54,6 +54,12 @@ vet: ## go vet, with and without the assertions
 prove: testsum ## full counts: make prove [N=20] [PKG=./fence/...] [RUN=TestX]
 	BLOCKHOUSE_PROVE=$(N) $(TESTSUM) -- $(GO) test -json $(RACE) -timeout 4h -p 1 -run '$(RUN)' $(PKG)
 
+SEEDS ?= 200
+
+.PHONY: sim
+sim: testsum ## the simulated cluster: make sim [SEEDS=2000]; then each safety rule switched off
+	SIM_SEEDS=$(SEEDS) $(TESTSUM) -- $(GO) test -json -tags $(TAGS) -count=1 -timeout 4h ./test/sim
+
 .PHONY: lint
 lint: ## golangci-lint: layers, pure cores, docs, errors, format
 	$(TOOL) golangci-lint run ./...

@@ -93,13 +93,13 @@ func (d *Driver) Next(in *Input) Act {
 	cut := in.cut()
 	if len(cut.waiting) == 0 && len(cut.acks)+len(cut.silent) > 0 {
 		return Act{Close: &fencing.Fenced{Now: in.Wall, Node: o.Node, Epoch: o.Epoch, Evidence: fencing.Evidence{
-			Method: fencing.Target, Acks: cut.acks, Silent: cut.silent, Pending: cut.pending, Output: cut.text()}}, Why: "cut off at every target"}
+			Method: fencing.Target, Acks: cut.acks, Silent: cut.silent, Pending: slices.Concat(cut.pending, cut.silent), Output: cut.text()}}, Why: "cut off at every target"}
 	}
 	ended := in.ended()
 	for _, r := range ended {
 		if r.Outcome == fencing.OK && r.Method == fencing.Agent {
 			return Act{Close: &fencing.Fenced{Now: in.Wall, Node: o.Node, Epoch: o.Epoch, Evidence: fencing.Evidence{
-				Method: fencing.Agent, Attempt: r.Attempt, Pending: append(slices.Clone(cut.pending), cut.names()...), Output: tail(r.Text)}},
+				Method: fencing.Agent, Attempt: r.Attempt, Pending: slices.Concat(cut.pending, cut.silent, cut.names()), Output: tail(r.Text)}},
 				Why: "attempt " + fmt.Sprint(r.Attempt) + " succeeded"}
 		}
 	}
@@ -164,8 +164,11 @@ func (in *Input) ended() []fencing.Record {
 
 // cutState sorts the volumes by what is known of the cut.
 type cutState struct {
-	acks    []string // nodes that acked
-	silent  []string // uuids of volumes whose target's time is over
+	acks []string // nodes that acked
+	// silent are uuids of volumes whose target's time is over: it takes nothing any
+	// more. What it had given to its disk may land late, so they stay pending until
+	// their primary is back and says so; nobody else has them.
+	silent  []string
 	pending []string // uuids of those that nobody can speak for: suspended until their primary acks
 	waiting []Volume // volumes whose target lives and has not acked
 }

@@ -104,8 +104,8 @@ func (l *Leader) Step(v machines.View, s Seen) []Decision {
 // volumes are those that an initiator can have reached.
 func (l *Leader) volumes(st *storage.State, alive map[string]bool, s Seen) (out []Volume) {
 	for _, v := range st.ListVolumes() {
-		if v.State == storage.Creating || len(st.LUNsOf(v.Config.UUID)) == 0 {
-			continue // no LUN has pointed to it yet, or its sessions were drained when the last one went
+		if !reachable(st, &v) {
+			continue
 		}
 		x := Volume{UUID: v.Config.UUID, Name: v.Name, Primary: v.Config.Primary}
 		if !alive[x.Primary] {
@@ -114,6 +114,33 @@ func (l *Leader) volumes(st *storage.State, alive map[string]bool, s Seen) (out 
 		out = append(out, x)
 	}
 	return out
+}
+
+// Pending are the volumes on which an evicted node may still have something in
+// flight: those that it can have reached and whose target has not acked its cut.
+// Evidence of any kind names them (SAFETY §3): power that is off, or a node that is
+// back, says nothing about what lies in a target.
+func Pending(v machines.View, node string) (out []string) {
+	var cuts map[string]string
+	for _, o := range v.Fencing.OpenFences() {
+		if o.Node == node {
+			cuts = o.Cuts
+		}
+	}
+	st := v.Storage.State()
+	for _, x := range st.ListVolumes() {
+		if _, acked := cuts[x.Config.UUID]; !acked && reachable(st, &x) {
+			out = append(out, x.Config.UUID)
+		}
+	}
+	return out
+}
+
+// reachable tells whether an initiator can have something in flight on a volume.
+func reachable(st *storage.State, v *storage.Volume) bool {
+	// Without a LUN none has pointed to it yet, or its sessions were drained when the
+	// last one went.
+	return v.State != storage.Creating && len(st.LUNsOf(v.Config.UUID)) > 0
 }
 
 // PlanOf expands the configured methods of a node. Secrets are not needed for it:

@@ -20,6 +20,10 @@ const (
 	GateShutsAtLeaseEnd Rule = "gate-shuts-at-lease-end"
 	// GrantVerifiesLeader: a leader proves that it leads before it grants a lease.
 	GrantVerifiesLeader Rule = "grant-verifies-leader"
+	// LeaderWaitsForOldLeases: a new leader calls nobody lost before the leases of the old one are over (SAFETY §2).
+	LeaderWaitsForOldLeases Rule = "leader-waits-for-old-leases"
+	// AdmitWaitsForAttempts: nobody is a member again while a fence attempt may still act on it (SAFETY §3).
+	AdmitWaitsForAttempts Rule = "admit-waits-for-attempts"
 	// CutDrainsFirst: a target acks a cut only when nothing of the victim is in the backend (SAFETY §3).
 	CutDrainsFirst Rule = "cut-drains-first"
 )

@@ -3,7 +3,7 @@
 // accuse; gossip, a closed connection or a dead disk are hints that may start a
 // probe but evict nobody (DESIGN "What is decided by whom").
 //
-// Cluster row; it imports internal/env only.
+// Cluster row; it imports internal/env and internal/fault only.
 package detect
 
 import (
@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/blockhouse-san/blockhouse/internal/env"
+	"github.com/blockhouse-san/blockhouse/internal/fault"
 )
 
 // Config holds the times of a profile.
@@ -75,6 +76,9 @@ func New(cfg Config) *Table {
 // leader gave up to now, so nobody's can be over before now + TTL.
 func (t *Table) Lead(now env.Boot) {
 	t.since, t.tick, t.quiet = now, now, now
+	if fault.Off(fault.LeaderWaitsForOldLeases) {
+		t.since = now.Add(-t.cfg.TTL - t.cfg.Margin)
+	}
 	clear(t.heard)
 	clear(t.first)
 }
@@ -125,7 +129,7 @@ func (t *Table) Renewed(m Member) bool {
 // we distrust ourselves.
 func (t *Table) Lost(members []Member, now env.Boot) []Lost {
 	for _, m := range members {
-		if s, ok := t.first[m.Node]; !ok || s.inc != m.Incarnation {
+		if s, ok := t.first[m.Node]; (!ok || s.inc != m.Incarnation) && !fault.Off(fault.LeaderWaitsForOldLeases) {
 			t.first[m.Node] = seen{m.Incarnation, now}
 		}
 	}

@@ -102,7 +102,14 @@ func (m *member) applyCutAck(ctx context.Context, from string, body json.RawMess
 		return 0, api.Errorf(api.CodeUsage, "", "read cut.ack: %v", err)
 	}
 	var inc uint64
+	wanted := false
 	m.cluster.Read(func(v machines.View) {
+		for _, o := range v.Fencing.OpenFences() {
+			wanted = wanted || o.Node == q.Victim
+		}
+		for _, p := range v.Fencing.PendingCuts() {
+			wanted = wanted || p.Node == q.Victim
+		}
 		if r, ok := v.Members.Get(from); ok {
 			inc = r.Incarnation
 		}
@@ -112,7 +119,7 @@ func (m *member) applyCutAck(ctx context.Context, from string, body json.RawMess
 			return !ok || x.Config.Primary != from
 		})
 	})
-	if len(q.Volumes) == 0 {
+	if len(q.Volumes) == 0 || !wanted {
 		return m.cluster.Index(), nil
 	}
 	res, err := m.apply(ctx, fencing.CutAck{Victim: q.Victim, Epoch: q.Epoch, By: from, Incarnation: inc, Volumes: q.Volumes})

@@ -15,6 +15,7 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/block/replica"
+	"github.com/blockhouse-san/blockhouse/fence/drive"
 	"github.com/blockhouse-san/blockhouse/fence/manual"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
@@ -657,6 +658,7 @@ func (m *member) fenceAck(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	m.cluster.Read(func(v machines.View) { rec.Evidence.Pending = drive.Pending(v, open.Node) })
 	res, err := m.apply(r.Context(), rec)
 	if err == nil {
 		m.d.event("node.fenced", fmt.Sprintf("node %s is fenced: %s says so: %s", q.Node, q.Operator, q.Reason), map[string]any{"node": q.Node, "epoch": open.Epoch})

@@ -341,6 +341,7 @@ func (m *member) fenced(ctx context.Context, node string, ev fencing.Evidence) e
 				epoch = o.Epoch
 			}
 		}
+		ev.Pending = drive.Pending(v, node)
 	})
 	if epoch == 0 {
 		return nil

@@ -39,16 +39,21 @@ func cutNames(s *members.State) map[string]uint64 {
 	return out
 }
 
-// cutOf is the cut of one victim at one epoch, as far as this process got.
+// cutOf is the cut of one victim at one epoch, as far as this process got. All but
+// epoch is guarded by worker.mu.
 type cutOf struct {
-	epoch uint64
-	acked []string // volumes that control has recorded
-	busy  bool
+	epoch   uint64
+	drained bool     // nothing of it is in flight, and that is promised
+	acked   []string // volumes that control knows of
+	busy    bool
 }
 
-// cut brings the open fences forward. It runs in the worker's loop, with the
-// volumes in the roles that want gives them, and does not wait: a stuck disk holds
-// up the acks of its own node and nothing else.
+// cut brings the fences forward. It runs in the worker's loop, with the volumes in
+// the roles that want gives them, and does not wait: a stuck disk holds up the acks
+// of its own node and nothing else. It is level-triggered: an eviction counts until
+// it was acted on, also when the node is a member again by the time this target
+// hears of it. As long as something of an evicted node may be in flight and its fence
+// is closed, nobody uses the volumes, because others may be recovering on them.
 func (w *worker) cut(ctx context.Context, want *desired) {
 	var serving []string
 	for id, v := range w.vols {
@@ -57,37 +62,32 @@ func (w *worker) cut(ctx context.Context, want *desired) {
 		}
 	}
 	slices.Sort(serving)
-	for name := range w.cuts {
-		if r := want.members.Members[name]; r == nil || r.Status != members.Evicted {
-			delete(w.cuts, name) // its fence is closed
-		}
-	}
+	suspend := false
 	for name, r := range want.members.Members {
-		if r.Status != members.Evicted || name == want.node || len(serving) == 0 {
+		if r.EvictEpoch == 0 || name == want.node {
 			continue
 		}
+		w.mu.Lock()
 		c := w.cuts[name]
 		if c == nil || c.epoch != r.EvictEpoch {
-			c = &cutOf{epoch: r.EvictEpoch}
+			c = &cutOf{epoch: r.EvictEpoch, drained: w.promisedTo(name) >= r.EvictEpoch}
 			w.cuts[name] = c
 		}
-		w.mu.Lock()
-		todo := !c.busy && slices.ContainsFunc(serving, func(v string) bool { return !slices.Contains(c.acked, v) })
-		if todo {
-			c.busy = true
+		if !c.drained && r.Status != members.Evicted {
+			suspend = true
 		}
+		todo := !c.busy && (!c.drained || slices.ContainsFunc(serving, func(v string) bool { return !slices.Contains(c.acked, v) }))
+		c.busy = c.busy || todo
 		w.mu.Unlock()
 		if !todo {
 			continue
 		}
 		rec := r.Clone()
 		w.wg.Go(func() {
-			err := w.cutOne(ctx, &rec, c.epoch, serving)
+			err := w.cutOne(ctx, &rec, c, serving)
 			w.mu.Lock()
 			c.busy = false
-			if err == nil {
-				c.acked = serving
-			}
+			w.mu.reapply = true // who is a member again may log in
 			w.mu.Unlock()
 			if err != nil && ctx.Err() == nil {
 				w.log.Error("the cut of an evicted node is not complete; it is tried again", zap.String("victim", rec.Name), zap.Uint64("epoch", c.epoch), zap.Error(err))
@@ -96,31 +96,48 @@ func (w *worker) cut(ctx context.Context, want *desired) {
 			w.poke()
 		})
 	}
+	for _, v := range w.vols {
+		v.gate.Suspend(suspend)
+	}
 }
 
 // cutOne cuts a victim off and has that recorded.
-func (w *worker) cutOne(ctx context.Context, r *members.Record, epoch uint64, volumes []string) error {
-	drain := func() error {
-		if r.InitiatorName == "" {
-			return nil // it never had one: nothing of it can be here
+func (w *worker) cutOne(ctx context.Context, r *members.Record, c *cutOf, volumes []string) error {
+	w.mu.Lock()
+	drained := c.drained
+	w.mu.Unlock()
+	if !drained {
+		drain := func() error {
+			if r.InitiatorName == "" {
+				return nil // it never had one: nothing of it can be here
+			}
+			dctx, cancel := context.WithTimeout(ctx, cutRetry)
+			defer cancel()
+			return w.srv.CutInitiator(dctx, []string{r.InitiatorName}, c.epoch)
 		}
-		dctx, cancel := context.WithTimeout(ctx, cutRetry)
-		defer cancel()
-		return w.srv.CutInitiator(dctx, []string{r.InitiatorName}, epoch)
+		if fault.Off(fault.CutDrainsFirst) {
+			w.wg.Go(func() { _ = drain() })
+		} else if err := drain(); err != nil {
+			return err
+		}
+		if err := w.promise(r.Name, c.epoch); err != nil {
+			return err
+		}
+		w.mu.Lock()
+		c.drained = true
+		w.mu.Unlock()
+		w.poke()
 	}
-	if fault.Off(fault.CutDrainsFirst) {
-		w.wg.Go(func() { _ = drain() })
-	} else if err := drain(); err != nil {
-		return err
+	if len(volumes) == 0 {
+		return nil
 	}
-	if err := w.promise(r.Name, epoch); err != nil {
-		return err
-	}
-	began := w.clock.Now()
-	if _, err := w.link.Request(ctx, "cut.ack", map[string]any{"victim": r.Name, "epoch": epoch, "volumes": volumes}); err != nil {
+	if _, err := w.link.Request(ctx, "cut.ack", map[string]any{"victim": r.Name, "epoch": c.epoch, "volumes": volumes}); err != nil {
 		return fmt.Errorf("tell control of the cut of %s: %w", r.Name, err)
 	}
-	w.log.Info("cut an evicted node off", zap.String("victim", r.Name), zap.Uint64("epoch", epoch), zap.Strings("volumes", volumes), zap.Duration("told_in", w.clock.Now().Sub(began)))
+	w.mu.Lock()
+	c.acked = volumes
+	w.mu.Unlock()
+	w.log.Info("an evicted node is cut off", zap.String("victim", r.Name), zap.Uint64("epoch", c.epoch), zap.Strings("volumes", volumes))
 	return nil
 }
 
@@ -164,6 +181,13 @@ func (w *worker) promise(victim string, epoch uint64) error {
 	}
 	w.promised = next
 	return nil
+}
+
+// promisedTo is the epoch up to which a victim's cut is on disk.
+func (w *worker) promisedTo(victim string) uint64 {
+	w.promiseMu.Lock()
+	defer w.promiseMu.Unlock()
+	return w.promised[victim]
 }
 
 // behindPromise tells whether a state is older than a promise of this node.

@@ -156,6 +156,9 @@ type VolumeGate struct {
 
 	role atomic.Pointer[role]
 	in   atomic.Int64 // commands between Enter and Leave
+	// suspended: an evicted node may still have something in flight here, although its
+	// fence is closed.
+	suspended atomic.Bool
 
 	drained chan struct{} // a token when in fell to zero
 }
@@ -200,12 +203,19 @@ func (g *VolumeGate) Incarnation() target.Incarnation {
 // Enter asks for a command.
 func (g *VolumeGate) Enter(in target.Incarnation, op target.Op) error {
 	g.in.Add(1)
-	if err := g.check(in, op); err != nil {
-		g.leave()
-		return err
+	err := g.check(in, op)
+	if err == nil && op != target.OpInquire && g.suspended.Load() {
+		err = target.ErrUnsure
 	}
-	return nil
+	if err != nil {
+		g.leave()
+	}
+	return err
 }
+
+// Suspend holds every command back, or lets them go on. Those that have entered end
+// as they would have.
+func (g *VolumeGate) Suspend(on bool) { g.suspended.Store(on) }
 
 // Leave ends a command and asks whether its status may be sent.
 func (g *VolumeGate) Leave(in target.Incarnation, op target.Op) error {

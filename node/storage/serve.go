@@ -35,6 +35,11 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 		}
 		w.srv.ResetSessions(func(s target.SessionInfo) bool { return hit[s.Target] })
 	}
+	w.mu.Lock()
+	if w.mu.reapply {
+		w.mu.reapply, w.applied = false, ""
+	}
+	w.mu.Unlock()
 	cfg, err := w.config(want, gate)
 	if err == nil {
 		if fp := fmt.Sprintf("%+v %s", cfg, secretsOf(&cfg)); fp != w.applied || w.retryAt <= w.clock.Now() && w.failed {

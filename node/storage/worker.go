@@ -114,6 +114,7 @@ type worker struct {
 		stateErr string   // of control's state
 		again    []string // requests that were refused: volume uuids
 		kill     []uint16 // sessions to end, by TSIH
+		reapply  bool     // the target holds cuts that the configuration does not name
 	}
 
 	// Of the work goroutine alone.
@@ -125,7 +126,7 @@ type worker struct {
 	retryAt env.Boot
 
 	complained map[string]string // what was logged of accounts, by target
-	cuts       map[string]*cutOf // open fences, by victim; acked and busy are guarded by mu
+	cuts       map[string]*cutOf // of evicted nodes, by name
 
 	promiseMu sync.Mutex
 	promised  map[string]uint64 // cuts that are on disk

@@ -95,8 +95,8 @@ type WaysSet struct {
 // CutAck is a target's word that the victim of an open fence is cut off from the
 // volumes: its sessions are gone, nothing of it is in the backend, and no login of
 // it will be taken (SAFETY §3 "Cut is per volume", case a). The target made that
-// promise durable before. An ack of another epoch than the open fence's is no
-// change. Value: nil.
+// promise durable before. Where the fence is closed already it ends what was left
+// pending. Value: nil.
 type CutAck struct {
 	Victim      string   `json:"victim"`
 	Epoch       uint64   `json:"epoch"` // of the eviction
@@ -270,8 +270,12 @@ func (m *Machine) waysSet(index uint64, c *WaysSet) (any, error) {
 	return w.clone(), nil
 }
 
-// cutAck notes it at the open fence. Volumes are a set: acks repeat.
+// cutAck notes it at the open fence, and closes what older fences of the victim left
+// open: a cut at an epoch is one at all epochs before. Volumes are a set: acks repeat.
 func (m *Machine) cutAck(c *CutAck) (any, error) {
+	m.s.Pending = slices.DeleteFunc(m.s.Pending, func(p PendingCut) bool {
+		return p.Node == c.Victim && p.Epoch <= c.Epoch && slices.Contains(c.Volumes, p.Volume)
+	})
 	o := m.s.Open[c.Victim]
 	if o == nil || o.Epoch != c.Epoch {
 		return nil, nil

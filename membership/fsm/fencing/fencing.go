@@ -125,6 +125,18 @@ type State struct {
 	History  []Record            `json:"history"`
 	Devices  map[string]*Device  `json:"devices,omitempty"` // by name
 	Ways     map[string]*Ways    `json:"ways,omitempty"`    // by node
+	// Pending are the cuts that closed fences left open, oldest first: what a dead
+	// node had in flight on the volume may still land, so nobody recovers on it before
+	// its primary acks (SAFETY §3).
+	Pending []PendingCut `json:"pending,omitempty"`
+}
+
+// PendingCut is a volume on which an evicted node is not cut off yet, although its
+// fence is closed.
+type PendingCut struct {
+	Node   string `json:"node"`
+	Epoch  uint64 `json:"epoch"`
+	Volume string `json:"volume"` // uuid
 }
 
 func newState() *State {
@@ -323,6 +335,9 @@ func (m *Machine) OpenFences() []Open {
 	return out
 }
 
+// PendingCuts lists what closed fences left open; call it inside fsm.FSM.View.
+func (m *Machine) PendingCuts() []PendingCut { return slices.Clone(m.s.Pending) }
+
 // Running is the attempts that have not ended, by id; call it inside
 // fsm.FSM.View.
 func (m *Machine) Running() []Attempt {
@@ -493,6 +508,9 @@ func (m *Machine) fenced(index uint64, c *Fenced) (any, error) {
 		}
 	}
 	delete(m.s.Open, c.Node)
+	for _, v := range c.Evidence.Pending {
+		m.s.Pending = append(m.s.Pending, PendingCut{Node: c.Node, Epoch: c.Epoch, Volume: v})
+	}
 	m.members.MarkFenced(index, c.Node, o.Incarnation)
 	ev := c.Evidence
 	ev.Acks, ev.Silent, ev.Pending = slices.Clone(ev.Acks), slices.Clone(ev.Silent), slices.Clone(ev.Pending)

@@ -92,13 +92,31 @@ func TestCutAcks(t *testing.T) {
 	l.refused(fencing.CutAck{Victim: "n2", Epoch: e.Epoch, By: "n2", Volumes: []string{"u3"}}, fsm.ErrInvalid, 2)
 	silent := fencing.Evidence{Method: fencing.Target}
 	l.refused(fencing.Fenced{Now: epochStart, Node: "n2", Epoch: e.Epoch, Evidence: silent}, fsm.ErrInvalid, 2)
-	silent.Silent = []string{"u3"}
+	silent.Silent, silent.Pending = []string{"u3"}, []string{"u4", "u5"}
 	r := must[fencing.Record](l, fencing.Fenced{Now: epochStart, Node: "n2", Epoch: e.Epoch, Evidence: silent})
 	if !slices.Equal(r.Evidence.Silent, silent.Silent) {
 		t.Errorf("recorded %+v", r.Evidence)
 	}
+	pending := func() (out []fencing.PendingCut) {
+		l.c.Read(func(v machines.View) { out = v.Fencing.PendingCuts() })
+		return out
+	}
+	if p := pending(); len(p) != 2 {
+		t.Fatalf("pending %+v", p)
+	}
+	ack.Volumes, ack.Epoch = []string{"u4"}, e.Epoch-1
 	l.apply(ack)
-	if cuts() != nil {
-		t.Error("a closed fence takes acks")
+	if p := pending(); len(p) != 2 {
+		t.Fatalf("an older ack counts: %+v", p)
+	}
+	ack.Epoch = e.Epoch
+	l.apply(ack)
+	if p := pending(); len(p) != 1 || p[0].Volume != "u5" {
+		t.Fatalf("pending %+v", p)
+	}
+	ack.Volumes, ack.Epoch = []string{"u5"}, e.Epoch+3
+	l.apply(ack)
+	if p := pending(); len(p) != 0 {
+		t.Fatalf("pending %+v", p)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"time"
 
+	"github.com/blockhouse-san/blockhouse/internal/fault"
 	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 )
@@ -377,7 +378,7 @@ func (m *Machine) admit(index uint64, c *Admit) (any, error) {
 	default:
 		return nil, &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: c.Node, Why: "it is " + string(r.Status) + " in incarnation " + fmt.Sprint(r.Incarnation)}
 	}
-	if open, attempts := m.fences.Pending(c.Node); open || attempts > 0 {
+	if open, attempts := m.fences.Pending(c.Node); open || attempts > 0 && !fault.Off(fault.AdmitWaitsForAttempts) {
 		return nil, &fsm.Error{
 			Kind: fsm.KindRefused, Op: op, Object: c.Node,
 			Why:  fmt.Sprintf("fence open: %v, attempts still running: %d; a late one would hit the new incarnation", open, attempts),
