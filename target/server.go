@@ -159,7 +159,7 @@ func (s *Server) Apply(c Config) error {
 	if err != nil {
 		return err
 	}
-	var drop, announce []*session
+	var drop, fenced, announce []*session
 	var drain sync.WaitGroup
 	attend := func(sess *session, u *logicalUnit, code scsi.ASC) { sess.attend(u, code) }
 
@@ -307,7 +307,7 @@ func (s *Server) Apply(c Config) error {
 	}
 	for _, sess := range s.sessions {
 		if _, ok := s.cut[sess.name]; ok {
-			drop = append(drop, sess)
+			fenced = append(fenced, sess)
 		}
 	}
 	var closing []*listener
@@ -343,6 +343,11 @@ func (s *Server) Apply(c Config) error {
 		sess.end(errReconfigured)
 		drain.Add(1)
 		go func() { defer drain.Done(); <-sess.drained }()
+	}
+	// Whoever was fenced is not waited for: what a stuck disk holds is CutInitiator's
+	// to wait for, and the other volumes go on.
+	for _, sess := range fenced {
+		sess.end(errCut)
 	}
 	drain.Wait()
 	return nil

@@ -693,6 +693,18 @@ func TestCut(t *testing.T) {
 	if st := dial(t, b.addr()).tryLogin(loginOpt{name: "iqn.2026-01.net.host:v"}); st != iscsi.StatusForbidden {
 		t.Error(st)
 	}
+	// The configuration that names the cut does not wait for the stuck write.
+	b.conf.Cut = map[string]uint64{"iqn.2026-01.net.host:v": 5}
+	applied := make(chan error, 1)
+	go func() { applied <- b.srv.Apply(b.conf) }()
+	select {
+	case err := <-applied:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("a stuck disk holds the configuration up")
+	}
 	close(hold)
 	f.Set()
 	if err := b.srv.CutInitiator(t.Context(), []string{"iqn.2026-01.net.host:v"}, 5); err != nil {
