@@ -93,8 +93,14 @@ lab: testsum build ## the tests with a real Linux kernel
 	$(TESTSUM) -- $(GO) test -json $(RACE) -timeout 20m -p 1 ./test/lab/...
 
 .PHONY: bench
-bench: ## Go benchmarks: make bench [PKG=./iscsi] [RUN=BenchmarkX]
+bench: bench-target ## Go benchmarks, and the target beside tgtd: make bench [PKG=./iscsi] [RUN=BenchmarkX]
 	$(GO) test -run '^$$' -bench '$(RUN)' -benchmem $(PKG)
+
+# BENCHARGS: -rows REGEXP, -time 2s, -reps 3, -out docs/proof/3-bench.md, -json FILE; -help tells the rest.
+.PHONY: bench-target
+bench-target: ## our target beside tgtd, under 10 minutes: make bench-target [BENCHARGS='-out docs/proof/3-bench.md']
+	$(GO) build -o bin/tools/bench ./test/bench
+	bin/tools/bench $(BENCHARGS)
 
 .PHONY: deb
 deb: build ## the Debian package, in dist/

@@ -43,6 +43,7 @@ func Run(ctx context.Context, cfg config.Config, log *zap.Logger) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	TuneRuntime()
 	clock := env.Real{}
 	w := &worker{cfg: cfg, log: log.Named("storage"), clock: clock, stop: cancel, gate: NewNodeGate(clock, cfg.Times().TOrphan),
 		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1), cuts: map[string]*cutOf{}}
