@@ -26,6 +26,7 @@ package api
 //	DELETE /v1/luns/{iqn}/{n}             Done
 //	POST   /v1/acls            ACLChange  Target
 //	GET    /v1/sessions                   List[Session]
+//	GET    /v1/stats                      Stats      every storage node is asked; ?node=NAME: only that one
 //	DELETE /v1/sessions/{node}/{tsih}     Done       the initiator may log in again
 //	POST   /v1/targets/{iqn}   TargetSet  Target
 //	POST   /v1/luns/{iqn}/{n}  LUNSet     LUN
@@ -60,6 +61,7 @@ const (
 	PathLUNs         = "/v1/luns"
 	PathACLs         = "/v1/acls"
 	PathSessions     = "/v1/sessions"
+	PathStats        = "/v1/stats"
 	PathAccounts     = "/v1/accounts"
 	PathBindings     = "/v1/bindings"
 	PathFence        = "/v1/fence"

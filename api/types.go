@@ -103,6 +103,9 @@ type Worker struct {
 	Incarnation string    `json:"incarnation" yaml:"incarnation"` // of this process
 	State       string    `json:"state" yaml:"state"`             // serving, orphaned, shut, down
 	Index       uint64    `json:"index" yaml:"index"`             // highest FSM index it obeys
+	// Error is what keeps it from doing what the cluster wants, such as a portal that
+	// another program holds.
+	Error string `json:"error,omitempty" yaml:"error,omitempty"`
 }
 
 // Volume is bytes: a size and its copies.
@@ -268,6 +271,19 @@ type Session struct {
 	Commands   uint64    `json:"commands" yaml:"commands"`
 	ReadBytes  uint64    `json:"read_bytes" yaml:"read_bytes"`
 	WriteBytes uint64    `json:"write_bytes" yaml:"write_bytes"`
+
+	// What follows is there when the session's node could be asked.
+	Local       string            `json:"local,omitempty" yaml:"local,omitempty"` // the portal's address
+	Alias       string            `json:"alias,omitempty" yaml:"alias,omitempty"` // the initiator's
+	User        string            `json:"user,omitempty" yaml:"user,omitempty"`   // CHAP name
+	Discovery   bool              `json:"discovery,omitempty" yaml:"discovery,omitempty"`
+	Connections int               `json:"connections,omitempty" yaml:"connections,omitempty"`
+	Params      map[string]string `json:"params,omitempty" yaml:"params,omitempty"` // as negotiated, by their name in RFC 7143
+	IO          *IOStats          `json:"io,omitempty" yaml:"io,omitempty"`
+	// PDUs with a wrong digest, sent again after SNACK, rejected.
+	DigestErrors uint64 `json:"digest_errors,omitempty" yaml:"digest_errors,omitempty"`
+	Retransmits  uint64 `json:"retransmits,omitempty" yaml:"retransmits,omitempty"`
+	Rejects      uint64 `json:"rejects,omitempty" yaml:"rejects,omitempty"`
 }
 
 // Init founds a cluster on this node.

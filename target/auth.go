@@ -127,7 +127,7 @@ func (c *conn) authOutcome(err *iscsi.LoginError, user string) {
 	switch {
 	case err != nil && err.Status == iscsi.StatusAuthFailure:
 		wait := c.srv.guard.failed(c.remote.Addr(), time.Now())
-		c.log.Warn("authentication failed", zap.Error(err), zap.Duration("answered_after", wait))
+		c.log.Debug("authentication failed", zap.Error(err), zap.Duration("answered_after", wait)) // serve logs it, within limits
 		select {
 		case <-time.After(wait):
 		case <-c.closed:

@@ -17,6 +17,9 @@ import (
 // Options are fixed for the life of a Server. The zero value is usable.
 type Options struct {
 	Logger *zap.Logger // nil = none
+	// OnEvent is told what happens, nil = nobody. It is called from many goroutines
+	// and must not block. How much it is told is bounded (events.go).
+	OnEvent func(Event)
 	// NopInterval is how long a connection may be silent before it is pinged,
 	// NopTimeout how long the ping may stay unanswered before the session is reset
 	// (SAFETY §4: 1 s and 1 s). Negative NopInterval = no pings.

@@ -156,16 +156,23 @@ var (
 
 // serve runs the connection from its first byte.
 func (c *conn) serve() {
-	err := c.login()
+	id, err := c.login()
 	c.srv.guard.done(c.challenges)
 	c.srv.loginDone()
 	if err != nil {
-		c.shut(err)
-		if !errors.Is(err, io.EOF) {
-			c.log.Info("login failed", zap.Error(err))
+		closing := false // by us
+		select {
+		case <-c.closed:
+			closing = true
+		default:
 		}
-		if c.s != nil {
+		c.shut(err)
+		switch {
+		case c.s != nil:
 			c.s.detach(c, err, nil)
+		case closing, errors.Is(err, io.EOF) && id.InitiatorName == "":
+		case c.loginFailed(err, &id):
+			c.log.Warn("login failed", zap.String("initiator", id.InitiatorName), zap.String("target", id.TargetName), zap.Error(err))
 		}
 		c.srv.dropConn(c)
 		return
@@ -175,10 +182,11 @@ func (c *conn) serve() {
 	c.read()
 }
 
-// login runs the login phase in lock step.
-func (c *conn) login() error {
+// login runs the login phase in lock step. It returns what the initiator has said
+// of itself also when it fails.
+func (c *conn) login() (iscsi.LoginIdentity, error) {
 	if err := c.nc.SetDeadline(time.Now().Add(c.srv.opt.LoginTimeout)); err != nil {
-		return err
+		return iscsi.LoginIdentity{}, err
 	}
 	m := iscsi.NewTargetLogin(iscsi.TargetLoginConfig{
 		Want: c.srv.opt.Want, Rand: rand.Reader, Window: uint32(c.srv.opt.QueueDepth),
@@ -191,14 +199,14 @@ func (c *conn) login() error {
 	for {
 		b, err := c.r.Next()
 		if err != nil {
-			return err
+			return m.Identity(), err
 		}
 		var req iscsi.LoginRequest
 		if err := req.Decode(b); err != nil {
-			return err // not a login request: close without an answer
+			return m.Identity(), err // not a login request: close without an answer
 		}
 		if data, err = c.r.AppendData(data[:0]); err != nil {
-			return err
+			return m.Identity(), err
 		}
 		st := m.Step(&req, data)
 		if st.Done || st.Err != nil {
@@ -217,19 +225,19 @@ func (c *conn) login() error {
 			st.Resp.ExpCmdSN, st.Resp.MaxCmdSN = c.s.window()
 		}
 		if err := c.w.Append(&st.Resp, st.Data); err != nil {
-			return err
+			return m.Identity(), err
 		}
 		if err := c.w.Flush(); err != nil {
-			return err
+			return m.Identity(), err
 		}
 		if st.Err != nil {
-			return st.Err
+			return m.Identity(), st.Err
 		}
 		if st.Done {
 			p := m.Params()
 			c.r.MaxData, c.r.HeaderDigest, c.r.DataDigest = p.MaxRecv, p.HeaderDigest, p.DataDigest
 			c.w.MaxData, c.w.HeaderDigest, c.w.DataDigest = c.s.limits.sendLimit(p.MaxSend), p.HeaderDigest, p.DataDigest
-			return c.nc.SetDeadline(time.Time{})
+			return m.Identity(), c.nc.SetDeadline(time.Time{})
 		}
 	}
 }
@@ -453,6 +461,7 @@ func (c *conn) logout(p *iscsi.LogoutRequest) {
 	case all:
 		s.abort(func(*task) bool { return true }, func() {
 			s.lose()
+			s.loggedOut.Store(true)
 			c.queue(response{pdu: resp, last: true})
 			c.kick()
 		})

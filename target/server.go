@@ -20,8 +20,9 @@
 package target
 
 import (
-	"bufio"
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -29,6 +30,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -53,6 +55,7 @@ type Server struct {
 	guard    *guard
 	buffered atomic.Int64 // bytes of data phases in memory
 	totals   totals
+	limit    eventLimit
 
 	applyMu sync.Mutex // one Apply, Cut or Close at a time
 
@@ -400,22 +403,24 @@ func (s *Server) listen(c *Config) (map[netip.AddrPort]*listener, error) {
 	return opened, nil
 }
 
-// portHolder names the process that listens on a port, from /proc.
+// portHolder names the process that listens where p would, from /proc; empty when
+// it is not to be seen, as in another user's process.
 func portHolder(p netip.AddrPort) string {
 	inodes := map[string]bool{}
-	want := fmt.Sprintf(":%04X", p.Port())
 	for _, f := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
-		b, err := os.Open(f)
+		b, err := os.ReadFile(f)
 		if err != nil {
 			continue
 		}
-		for sc := bufio.NewScanner(b); sc.Scan(); {
-			w := strings.Fields(sc.Text())
-			if len(w) > 9 && w[3] == "0A" && strings.HasSuffix(w[1], want) {
+		for line := range strings.Lines(string(b)) {
+			w := strings.Fields(line)
+			if len(w) < 10 || w[3] != "0A" { // LISTEN
+				continue
+			}
+			if a, ok := procAddr(w[1]); ok && a.Port() == p.Port() && overlap(a.Addr(), p.Addr()) {
 				inodes["socket:["+w[9]+"]"] = true
 			}
 		}
-		_ = b.Close()
 	}
 	fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	for _, fd := range fds {
@@ -426,6 +431,27 @@ func portHolder(p netip.AddrPort) string {
 		}
 	}
 	return ""
+}
+
+// overlap tells whether two listeners on one port exclude each other.
+func overlap(a, b netip.Addr) bool {
+	a, b = a.Unmap(), b.Unmap()
+	return a == b || a.IsUnspecified() && (a.Is6() || b.Is4()) || b.IsUnspecified() && (b.Is6() || a.Is4())
+}
+
+// procAddr reads an address of /proc/net/tcp and tcp6: 32-bit words in host order.
+func procAddr(s string) (netip.AddrPort, bool) {
+	h, port, ok := strings.Cut(s, ":")
+	b, err := hex.DecodeString(h)
+	n, perr := strconv.ParseUint(port, 16, 16)
+	if !ok || err != nil || perr != nil || len(b) != 4 && len(b) != 16 {
+		return netip.AddrPort{}, false
+	}
+	for i := 0; i < len(b); i += 4 {
+		binary.BigEndian.PutUint32(b[i:], binary.NativeEndian.Uint32(b[i:]))
+	}
+	a, ok := netip.AddrFromSlice(b)
+	return netip.AddrPortFrom(a, uint16(n)), ok
 }
 
 // Addr is where a portal of the configuration is really bound: it tells the port
@@ -660,7 +686,7 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	}
 	x := &session{
 		srv: s, isid: id.ISID, name: id.InitiatorName, alias: id.InitiatorAlias, user: id.User, params: p, limits: s.opt.limits(nil),
-		since: time.Now(), conns: []*conn{c},
+		since: time.Now(), conns: []*conn{c}, remote: c.remote,
 		in: map[*logicalUnit]Incarnation{}, tasks: map[uint32]*task{}, drained: make(chan struct{}),
 	}
 	var olds []*session
@@ -729,12 +755,9 @@ func (s *Server) start(c *conn, id *iscsi.LoginIdentity, p iscsi.Params) (uint16
 	for _, u := range units {
 		x.attend(u, code)
 	}
-	if id.Discovery {
-		s.totals.discoveries.Add(1)
-	} else {
-		s.totals.logins.Add(1)
+	if s.tell(x.event(EventLogin, nil)) {
+		x.log.Info("session started", zap.Stringer("isid", x.isid), zap.Bool("discovery", id.Discovery))
 	}
-	x.log.Info("session started", zap.Stringer("isid", x.isid), zap.Bool("discovery", id.Discovery))
 	return tsih, iscsi.StatusSuccess
 }
 
@@ -963,7 +986,7 @@ func (s *Server) watch() {
 	}
 	t := time.NewTicker(tick)
 	defer t.Stop()
-	last := s.now()
+	last, swept := s.now(), int64(0)
 	for {
 		select {
 		case <-s.stop:
@@ -971,6 +994,10 @@ func (s *Server) watch() {
 		case <-t.C:
 		}
 		now := s.now()
+		if time.Duration(now-swept) > eventWindow/4 {
+			swept = now
+			s.tellSuppressed()
+		}
 		if stall := time.Duration(now - last); s.opt.StallLimit > 0 && stall > s.opt.StallLimit {
 			s.log.Error("the server stalled: every connection is reset", zap.Duration("stall", stall))
 			for _, x := range s.list() {

@@ -34,10 +34,13 @@ type session struct {
 	since  time.Time
 	in     map[*logicalUnit]Incarnation // of each gate when the session was admitted; guarded by mu
 	log    *zap.Logger
-	stats  sessionStats // its map is guarded by mu
-	lost   sync.Once    // nexus loss was done
-	copies copyResults
-	kept   atomic.Int64 // bytes of Data-In kept for a SNACK, of all connections
+	stats  sessionStats   // its map is guarded by mu
+	lost   sync.Once      // nexus loss was done
+	remote netip.AddrPort // of the first connection
+	// loggedOut: its initiator has ended it.
+	loggedOut atomic.Bool
+	copies    copyResults
+	kept      atomic.Int64 // bytes of Data-In kept for a SNACK, of all connections
 
 	// attentions is the number of queued unit attentions, so that the path of
 	// every command need not take mu.
@@ -565,7 +568,9 @@ func (s *session) end(why error) {
 		s.lose()
 		s.retireStats()
 		s.srv.forget(s) // on the list until then: a new login of the nexus waits for it
-		s.log.Info("session ended", zap.NamedError("cause", why))
+		if s.over(why) {
+			s.log.Info("session ended", zap.NamedError("cause", why))
+		}
 		close(s.drained)
 	})
 }

@@ -594,7 +594,11 @@ func (t *task) run(ctx context.Context) {
 		t.end()
 		s.end(fmt.Errorf("%s on lun %d: %w", t.cdb.Cmd, t.ent.num, err))
 	default:
-		t.respond(x.outcome(err))
+		o := x.outcome(err)
+		if s := o.sense; err != nil && s != nil && (s.Key == scsi.MediumError || s.Key == scsi.HardwareError || s.Code == scsi.ASCSpaceAllocationFailed) {
+			t.storeFailed(err)
+		}
+		t.respond(o)
 	}
 }
 

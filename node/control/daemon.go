@@ -141,6 +141,16 @@ func (d *Daemon) metrics() error {
 	if err := raftlog.RegisterMetrics(d.reg); err != nil {
 		return err
 	}
+	if err := d.reg.Register(&storageMetrics{log: d.log, ask: func(ctx context.Context) (api.NodeStats, bool, error) {
+		m := d.member()
+		if m == nil || !d.cfg.Roles.Storage {
+			return api.NodeStats{}, false, nil
+		}
+		s, err := m.ownStats(ctx)
+		return s, true, err
+	}}); err != nil {
+		return fmt.Errorf("register metrics of the storage worker: %w", err)
+	}
 	for _, g := range []struct {
 		name, help string
 		fn         func(*member) float64

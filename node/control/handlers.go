@@ -81,6 +81,7 @@ func (m *member) routes() http.Handler {
 	change("POST "+api.PathFenceAck, m.fenceAck)
 
 	m.accountRoutes(mux)
+	m.statsRoutes(mux)
 	m.fenceRoutes(mux)
 
 	mux.HandleFunc("GET "+api.PathEvents, m.d.events.serve)
@@ -155,6 +156,7 @@ func (m *member) getSessions(r *http.Request) (any, error) {
 	for _, l := range p.Leases {
 		out = append(out, l.Sessions...)
 	}
+	out = detailed(out, m.allStats(r.Context(), ""))
 	slices.SortFunc(out, func(a, b api.Session) int {
 		return strings.Compare(a.Node+a.Target+a.Initiator+a.ISID, b.Node+b.Target+b.Initiator+b.ISID)
 	})

@@ -39,19 +39,20 @@ import (
 // member is a node that belongs to a cluster: everything that stands on its
 // identity. It is opened once, and closed before the node leaves or ends.
 type member struct {
-	d       *Daemon
-	log     *zap.Logger
-	files   *pki.Files
-	cluster *machines.Cluster
-	mux     *raftlog.Mux
-	raft    *raftlog.Node
-	workers *workers
-	granter *granter
-	agents  *agent.Runner
-	table   *leaderTable
-	apiSrv  *http.Server
-	handler http.Handler // of /v1, for both ports
-	refused *prometheus.CounterVec
+	d         *Daemon
+	log       *zap.Logger
+	files     *pki.Files
+	cluster   *machines.Cluster
+	mux       *raftlog.Mux
+	raft      *raftlog.Node
+	workers   *workers
+	granter   *granter
+	agents    *agent.Runner
+	table     *leaderTable
+	apiSrv    *http.Server
+	handler   http.Handler // of /v1, for both ports
+	refused   *prometheus.CounterVec
+	eventKick chan struct{} // a worker has reported something new
 
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -78,7 +79,7 @@ func pkiDir(cfg config.Config) string  { return filepath.Join(cfg.DataDir, "pki"
 // openMember starts what a member is made of, in the order in which each stands
 // on the one before; close is the mirror image.
 func openMember(d *Daemon, id identity) (_ *member, err error) {
-	m := &member{d: d, log: d.log.With(zap.String("node", id.Node)), gone: make(chan struct{}), keyGot: make(chan struct{}, 1)}
+	m := &member{d: d, log: d.log.With(zap.String("node", id.Node)), gone: make(chan struct{}), keyGot: make(chan struct{}, 1), eventKick: make(chan struct{}, 1)}
 	m.mu.id = id
 	m.mu.clients = map[string]*api.Client{}
 	var undo []func()
@@ -132,6 +133,10 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 		case renew.kick <- struct{}{}:
 		default:
 		}
+		select {
+		case m.eventKick <- struct{}{}:
+		default:
+		}
 	}
 
 	ctx, cancel := context.WithCancel(context.Background())
@@ -159,6 +164,7 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 	m.wg.Go(func() { m.execute(ctx) })
 	m.wg.Go(func() { m.gossip(ctx) })
 	m.wg.Go(func() { m.keepKey(ctx) })
+	m.wg.Go(func() { m.fetchEvents(ctx) })
 	return m, nil
 }
 
@@ -584,6 +590,7 @@ type storageDetail struct {
 	Portals  []string       `json:"portals"`
 	Applied  uint64         `json:"applied"` // index of the state that the worker has acted on
 	Error    string         `json:"error,omitempty"`
+	Events   uint64         `json:"events"` // number of the worker's newest event
 }
 
 func (m *member) workerStatus(k link.Kind) api.Worker {
@@ -599,7 +606,7 @@ func (m *member) workerStatus(k link.Kind) api.Worker {
 	if k == link.Storage {
 		var d storageDetail
 		if json.Unmarshal(rep.Detail, &d) == nil {
-			w.Index = d.Applied
+			w.Index, w.Error = d.Applied, d.Error
 		}
 	}
 	w.Started = m.d.startedAt(rep.Start)

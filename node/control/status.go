@@ -325,6 +325,9 @@ func problemsOf(p picture, s *api.Status) []api.Problem {
 				if w, ok := n.Workers[k]; ok && w.State == "down" {
 					add(api.HealthFaulted, "the "+k+" worker of "+n.Name+" is down", "it ended or cannot start",
 						"read the log of clusterd on "+n.Name+"; it is started again by itself", "")
+				} else if ok && w.Error != "" {
+					add(api.HealthFaulted, "the "+k+" worker of "+n.Name+" cannot do what the cluster wants", w.Error,
+						"mend that on "+n.Name+"; it is tried again every second", "")
 				}
 			}
 		}

@@ -143,3 +143,31 @@ func Status(ctx context.Context, path string) (Report, error) {
 	}
 	return r, body(&r)
 }
+
+// Ask asks a worker for numbers or events (TStats, TEvents) over a connection of
+// its own, without becoming its control. A worker that is older than the question
+// closes the connection.
+func Ask(ctx context.Context, path string, t Type, in, out any) error {
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	if err != nil {
+		return fmt.Errorf("ask worker: %w", err)
+	}
+	conn := NewConn(c)
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	if err := conn.Send(t, in); err != nil {
+		return fmt.Errorf("ask worker %s: %w", path, err)
+	}
+	got, body, err := conn.Recv()
+	if err == nil && got != t {
+		err = fmt.Errorf("answered %q", got)
+	}
+	if err == nil {
+		err = body(out)
+	}
+	if err != nil {
+		return fmt.Errorf("ask worker %s for %s: %w", path, t, errors.Join(ctx.Err(), err))
+	}
+	return nil
+}

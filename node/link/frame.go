@@ -29,6 +29,8 @@ const (
 	TShutdown Type = "shutdown"
 	TKill     Type = "kill"
 	TStatus   Type = "status" // asks for one report, without a hello: for status commands and tests
+	TStats    Type = "stats"  // asks for numbers, without a hello; answered with the same type
+	TEvents   Type = "events" // asks for events, without a hello; answered with the same type
 )
 
 type frame struct {

@@ -3,6 +3,7 @@ package link
 import (
 	"encoding/json"
 
+	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/internal/seal"
 )
@@ -90,4 +91,18 @@ type Reply struct {
 	Seq   uint64 `json:"seq"`
 	Error string `json:"error,omitempty"`
 	Index uint64 `json:"index"`
+}
+
+// EventsAfter asks (TEvents) for the events behind number After of a worker
+// process; with another process's name, for all that are still remembered.
+type EventsAfter struct {
+	Worker string `json:"worker"`
+	After  uint64 `json:"after"`
+}
+
+// Events is the answer: the events in order, the last one with number Last.
+type Events struct {
+	Worker string      `json:"worker"`
+	Last   uint64      `json:"last"`
+	Events []api.Event `json:"events"`
 }

@@ -28,6 +28,13 @@ type Handler interface {
 // Killer is a Handler that has sessions to end. OnKill must not block.
 type Killer interface{ OnKill(Kill) }
 
+// Answerer is a Handler that is asked for what nothing is decided by: numbers and
+// events. Answer is called by many goroutines at a time, of connections of their
+// own, so that it holds up neither states nor leases.
+type Answerer interface {
+	Answer(t Type, body func(any) error) (any, error)
+}
+
 // Server is the worker's end. It outlives every control.
 type Server struct {
 	hello WorkerHello
@@ -123,6 +130,19 @@ func (s *Server) serve(c *Conn) error {
 		switch t {
 		case TStatus:
 			if err := c.Send(TReport, s.report()); err != nil {
+				return err
+			}
+			continue
+		case TStats, TEvents:
+			a, ok := s.h.(Answerer)
+			if !ok {
+				return fmt.Errorf("%s: this worker has none", t)
+			}
+			v, err := a.Answer(t, body)
+			if err != nil {
+				return err
+			}
+			if err := c.Send(t, v); err != nil {
 				return err
 			}
 			continue

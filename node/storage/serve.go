@@ -11,7 +11,6 @@ import (
 	"strings"
 
 	"github.com/google/uuid"
-	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
 	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
@@ -46,9 +45,7 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 			err = w.srv.Apply(cfg)
 			w.applied, w.failed = fp, err != nil
 			w.retryAt = w.clock.Now().Add(retryPortal)
-			if err != nil {
-				w.log.Error("the target cannot serve what the cluster wants", zap.Error(err))
-			}
+			w.tellTarget(want, err)
 		} else if w.failed {
 			err = w.lastErr
 		}
@@ -58,6 +55,7 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 		w.dropVolumes(want) // Apply has returned: nothing of them is in flight
 	}
 	reps := w.reports(want)
+	w.tellStores(want, reps)
 	w.mu.Lock()
 	text := ""
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
@@ -46,13 +47,13 @@ func Run(ctx context.Context, cfg config.Config, log *zap.Logger) error {
 	TuneRuntime()
 	clock := env.Real{}
 	w := &worker{cfg: cfg, log: log.Named("storage"), clock: clock, stop: cancel, gate: NewNodeGate(clock, cfg.Times().TOrphan),
-		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1), cuts: map[string]*cutOf{}}
+		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1), incarnation: uuid.NewString(), cuts: map[string]*cutOf{}}
 	var err error
 	if w.promised, err = loadPromises(cfg.DataDir); err != nil {
 		return err
 	}
 	w.srv, err = target.New(target.Options{Logger: log.Named("target"), NopInterval: cfg.ISCSI.NopInterval.D(), NopTimeout: cfg.ISCSI.NopTimeout.D(),
-		StallLimit: stallLimit})
+		StallLimit: stallLimit, OnEvent: w.onEvent})
 	if err != nil {
 		return err
 	}
@@ -100,9 +101,12 @@ type worker struct {
 	gate  *NodeGate
 	stop  context.CancelFunc
 	kick  chan struct{}
-	link  *link.Server
-	srv   *target.Server
-	wg    sync.WaitGroup // requests to control
+	// incarnation is of this process, for numbers and events: they begin with it.
+	incarnation string
+	events      eventLog
+	link        *link.Server // set before the target serves anything
+	srv         *target.Server
+	wg          sync.WaitGroup // requests to control
 
 	mu struct {
 		sync.Mutex
@@ -124,6 +128,7 @@ type worker struct {
 	applied string             // the configuration last given to the server
 	failed  bool               // it could not be applied
 	lastErr error
+	told    string // what was last said of it
 	retryAt env.Boot
 
 	complained map[string]string // what was logged of accounts, by target
@@ -155,6 +160,7 @@ type detail struct {
 	Portals  []string       `json:"portals"`
 	Applied  uint64         `json:"applied"` // index of the state that was acted on
 	Error    string         `json:"error,omitempty"`
+	Events   uint64         `json:"events"` // number of the newest event; control fetches them when it rises
 }
 
 func (w *worker) OnState(s link.State) {
@@ -196,7 +202,7 @@ func (w *worker) OnShutdown() { w.stop() }
 
 func (w *worker) Report(r *link.Report) {
 	w.mu.Lock()
-	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: w.cfg.Listen.ISCSI, Applied: w.mu.applied, Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
+	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: w.cfg.Listen.ISCSI, Applied: w.mu.applied, Events: w.events.seq(), Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
 	waiting, node := w.mu.waiting, ""
 	if w.mu.want != nil {
 		node = w.mu.want.node
