@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/internal/latency"
 )
 
 var rewrite = flag.Bool("rewrite", false, "write the golden files anew")
@@ -179,7 +180,12 @@ var (
 	sampleFence = api.Fence{Node: "n1", Incarnation: 4, Epoch: 12, Since: now.Add(-3 * time.Minute), Reason: "node lease ended", Waiting: "an operator: clusteradm fence_manual n1"}
 	sampleToken = api.Token{ID: "t1", Expires: now.Add(time.Hour), Uses: 1}
 	sampleSess  = api.Session{Node: "n3", Target: sampleLUN.Target, Initiator: "iqn.1993-08.org.debian:01:abc\x1b[31m", Address: "192.0.2.7:51000", ISID: "00023d000001", TSIH: 3, Since: now.Add(-90 * time.Second),
-		Commands: 12, ReadBytes: 3 << 29, WriteBytes: 4096}
+		Commands: 12, ReadBytes: 3 << 29, WriteBytes: 4096, Local: "127.0.0.13:3260", User: "christina", Connections: 2, IO: &sampleIO,
+		Params: map[string]string{"HeaderDigest": "CRC32C", "DataDigest": "None", "MaxConnections": "4"}, DigestErrors: 1}
+	sampleIO = api.IOStats{Commands: 12, InProgress: 2, Reads: 6, Writes: 2, ReadBytes: 3 << 29, WriteBytes: 4096, Aborted: 1, Errors: map[string]uint64{"medium_error": 1, "unit_attention": 2},
+		Latency: map[string]latency.Histogram{"read": {Counts: []uint64{0, 0, 0, 0, 4, 0, 0, 0, 2}, SumNS: 60000}, "write": {Counts: []uint64{0, 0, 2}, SumNS: 5000}}}
+	sampleStats = api.Stats{APIVersion: api.Version, Nodes: []api.NodeStats{{Node: "n3", Time: now, Worker: "w", Sessions: []api.Session{},
+		LUNs: []api.LUNStats{{Node: "n3", Target: sampleLUN.Target, LUN: 1, Volume: "v1", UUID: sampleVolume.UUID, Sessions: 1, IOStats: sampleIO}}}}}
 	sampleHistory = api.FenceEvent{Index: 40, Time: now.Add(-3 * time.Minute), Node: "n1", Incarnation: 4, Epoch: 12, Event: "fenced", Method: "manual", Operator: "alice@desk", Reason: "pulled the plug", Evidence: "operator"}
 	sampleEvent   = api.Event{Time: now.Add(-3 * time.Minute), Index: 39, Kind: "node.lost", Text: "node n1 is lost: node lease ended", Data: map[string]any{"node": "n1"}}
 	sampleStatus  = api.Status{APIVersion: api.Version, Health: api.HealthFaulted, Cluster: "demo", UUID: "u", Node: "n2", Version: "0.1.0", Epoch: 12, View: 8, Index: 42,
@@ -227,6 +233,7 @@ func sample() map[string]any {
 		"DELETE /v1/luns/" + iqnPath + "/1":          done,
 		"POST /v1/acls":                              sampleTarget,
 		"GET /v1/sessions":                           listOf(sampleSess),
+		"GET /v1/stats":                              sampleStats,
 		"GET /v1/accounts":                           listOf(sampleAccount),
 		"POST /v1/accounts":                          sampleAccount,
 		"POST /v1/bindings":                          sampleAccount,

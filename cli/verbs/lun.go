@@ -48,7 +48,7 @@ func splitLUN(s string) (iqn string, n int, err error) {
 		n, err = strconv.Atoi(s[i+1:])
 	}
 	if i <= 0 || err != nil || n < 0 || n > 16383 {
-		return "", 0, usagef("clusteradm lun list -o name", "lun delete: %q is not IQN/NUMBER with a number from 0 to 16383", s)
+		return "", 0, usagef("clusteradm lun list -o name", "%q is not IQN/NUMBER with a number from 0 to 16383", s)
 	}
 	return s[:i], n, nil
 }
@@ -119,5 +119,5 @@ Sizes: ` + size.Help + `.`
 		return a.printDone(d, "LUN "+name+" is deleted; its volume stays")
 	})
 	del.ValidArgsFunction = complete(a, api.PathLUNs, lunName)
-	return a.group(&cobra.Command{Use: "lun", Short: "LUNs: numbers under a target"}, create, alias(list, "ls"), alias(del, "rm"))
+	return a.group(&cobra.Command{Use: "lun", Short: "LUNs: numbers under a target"}, create, alias(list, "ls"), a.lunShowCmd(), a.lunTopCmd(), alias(del, "rm"))
 }

@@ -2,7 +2,6 @@ package verbs
 
 import (
 	"context"
-	"net/url"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -17,13 +16,24 @@ func (a *app) sessionCmd() *cobra.Command {
 		name: func(s api.Session) string { return s.Node + " " + s.Target + " " + s.Initiator + " " + s.ISID },
 		cols: []col[api.Session]{
 			{head: "NODE", cell: func(s api.Session) string { return s.Node }},
-			{head: "TARGET", cell: func(s api.Session) string { return s.Target }},
+			{head: "TARGET", cell: func(s api.Session) string {
+				if s.Discovery || s.Target == "" {
+					return "(discovery)"
+				}
+				return s.Target
+			}},
 			{head: "INITIATOR", cell: func(s api.Session) string { return s.Initiator }},
 			{head: "ADDRESS", cell: func(s api.Session) string { return s.Address }},
 			{head: "UP", right: true, cell: func(s api.Session) string { return a.ago(s.Since) }},
 			{head: "READ", right: true, cell: func(s api.Session) string { return size.Format(clamp(s.ReadBytes)) }},
 			{head: "WRITTEN", right: true, cell: func(s api.Session) string { return size.Format(clamp(s.WriteBytes)) }},
 			{head: "COMMANDS", wide: true, right: true, cell: func(s api.Session) string { return strconv.FormatUint(s.Commands, 10) }},
+			{head: "QD", wide: true, right: true, cell: func(s api.Session) string { return ofIO(s, func(i *api.IOStats) uint64 { return i.InProgress }) }},
+			{head: "NOT GOOD", wide: true, right: true, cell: func(s api.Session) string { return ofIO(s, (*api.IOStats).Failed) }},
+			{head: "CONNS", wide: true, right: true, cell: func(s api.Session) string { return strconv.Itoa(max(1, s.Connections)) }},
+			{head: "PORTAL", wide: true, cell: func(s api.Session) string { return dash(s.Local) }},
+			{head: "USER", wide: true, cell: func(s api.Session) string { return dash(s.User) }},
+			{head: "DIGESTS", wide: true, cell: func(s api.Session) string { return digests(s) }},
 			{head: "ISID", wide: true, cell: func(s api.Session) string { return s.ISID }},
 			{head: "TSIH", wide: true, right: true, cell: func(s api.Session) string { return strconv.Itoa(int(s.TSIH)) }},
 		},
@@ -36,13 +46,14 @@ func (a *app) sessionCmd() *cobra.Command {
 		return printList(a, l, v)
 	})
 	kill := a.verb("kill NODE TSIH", "end a session; its initiator may log in again", func(ctx context.Context, args []string) error {
-		if n, err := strconv.ParseUint(args[1], 10, 16); err != nil || n == 0 {
-			return usagef("clusteradm session list -o wide", "session kill: %q is no TSIH: 1 to 65535", args[1])
+		tsih, err := parseTSIH("session kill", args[1])
+		if err != nil {
+			return err
 		}
 		if err := a.confirm(ctx, "end session "+args[1]+" on "+args[0]+", whose commands are aborted"); err != nil {
 			return err
 		}
-		d, err := a.delete(ctx, api.PathSessions+"/"+url.PathEscape(args[0])+"/"+args[1])
+		d, err := a.delete(ctx, sessionPath(args[0], tsih))
 		if err != nil {
 			return err
 		}
@@ -52,7 +63,23 @@ func (a *app) sessionCmd() *cobra.Command {
 initiator logs in again by itself: to keep it out, take it off the target's list
 first (clusteradm acl remove).`
 	kill.ValidArgsFunction = complete(a, api.PathNodes, func(n api.Node) string { return n.Name })
-	return a.group(&cobra.Command{Use: "session", Short: "iSCSI sessions"}, alias(list, "ls"), kill)
+	return a.group(&cobra.Command{Use: "session", Short: "iSCSI sessions"}, alias(list, "ls"), a.sessionShowCmd(v), kill)
+}
+
+// ofIO is a number that only the session's own node knows.
+func ofIO(s api.Session, f func(*api.IOStats) uint64) string {
+	if s.IO == nil {
+		return "-"
+	}
+	return strconv.FormatUint(f(s.IO), 10)
+}
+
+// digests are those of the header and of the data.
+func digests(s api.Session) string {
+	if s.Params == nil {
+		return "-"
+	}
+	return s.Params["HeaderDigest"] + "," + s.Params["DataDigest"]
 }
 
 func clamp(n uint64) int64 { return int64(min(n, 1<<63-1)) }

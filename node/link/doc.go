@@ -16,5 +16,8 @@
 // picture, never a step: a worker compares it with what is and acts on the
 // difference, so a lost or repeated frame changes nothing.
 //
+// What nothing is decided by (numbers, events, status) is asked for with Ask and
+// Status over connections of their own, without a hello.
+//
 // Only node/{control,storage,locks} import it.
 package link
