@@ -23,6 +23,7 @@ func init() {
 	handle(scsi.OpServiceActionIn16, scsi.SAGetLBAStatus, handler{check: checkLBAStatus, run: runLBAStatus, slow: true})
 	handle(scsi.OpCompareAndWrite, none, handler{check: checkCompareAndWrite, run: runCompareAndWrite, slow: true, exact: true})
 	handle(scsi.OpOrWrite16, none, handler{check: checkProtect, run: runOrWrite, slow: true})
+	handle(scsi.OpWriteAtomic16, none, handler{check: checkWriteAtomic, run: runWriteAtomic, slow: true, exact: true})
 	for _, op := range []scsi.Opcode{scsi.OpPrefetch10, scsi.OpPrefetch16} {
 		// Nothing is cached that a later read would find faster: GOOD, not CONDITION MET.
 		handle(op, none, handler{run: runNothing, memory: true})
@@ -203,11 +204,51 @@ func runWriteSame(x *exec) error {
 }
 
 func checkUnmap(t *task) *scsi.Sense {
-	switch {
-	case !t.lu.dev.Info().Caps.Thin:
-		return scsi.Check(scsi.IllegalRequest, scsi.ASCInvalidOpcode)
-	case t.cdb.Is(scsi.FAnchor):
+	if t.cdb.Is(scsi.FAnchor) {
 		return scsi.InvalidField(&t.cdb, scsi.FAnchor)
+	}
+	return nil
+}
+
+// atomicLimits are the longest atomic write and its unit in blocks; 0, 0 where
+// the store promises none.
+func (u *logicalUnit) atomicLimits() (longest, unit uint32) {
+	a, ok := u.dev.(block.AtomicWriter)
+	if !ok {
+		return 0, 0
+	}
+	n, g := a.AtomicLimits()
+	bs := int64(u.blockSize())
+	g = max(g, bs)
+	return uint32(min(n, maxTransfer) / g * g / bs), uint32(g / bs)
+}
+
+// checkWriteAtomic holds what VPD page B0 says (SBC-4 5.48). There is no atomic
+// boundary: a write is one atomic write or refused.
+func checkWriteAtomic(t *task) *scsi.Sense {
+	c := &t.cdb
+	longest, unit := t.lu.atomicLimits()
+	switch {
+	case c.Get(scsi.FBoundary) != 0:
+		return scsi.InvalidField(c, scsi.FBoundary)
+	case c.Blocks() > uint64(longest):
+		return scsi.InvalidField(c, scsi.FCount)
+	case c.Blocks()%uint64(unit) != 0:
+		return scsi.InvalidField(c, scsi.FCount)
+	case c.LBA()%uint64(unit) != 0 && c.LBA() < t.lu.blocks():
+		return scsi.InvalidField(c, scsi.FLBA)
+	}
+	return checkProtect(t)
+}
+
+func runWriteAtomic(x *exec) error {
+	a, ok := x.lu.dev.(block.AtomicWriter)
+	p := x.written()
+	if !ok || len(p) == 0 {
+		return nil
+	}
+	if err := a.WriteAtomic(x.ctx, p, x.offset()); err != nil {
+		return x.fail("atomic write", err)
 	}
 	return nil
 }
@@ -408,7 +449,16 @@ func (u *logicalUnit) supports(c *scsi.Command) bool {
 	if c == nil || handlers[c] == nil {
 		return false
 	}
-	return c.Op != scsi.OpUnmap || u.dev.Info().Caps.Thin
+	switch {
+	case c.Op == scsi.OpUnmap:
+		return u.dev.Info().Caps.Thin
+	case c.Op == scsi.OpWriteAtomic16:
+		n, _ := u.atomicLimits()
+		return n > 0
+	case c.Op == scsi.OpSanitize && c.SA == scsi.SASanitizeCryptoErase:
+		return u.canCryptoErase()
+	}
+	return true
 }
 
 func checkOpcodes(t *task) *scsi.Sense {

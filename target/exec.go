@@ -59,6 +59,12 @@ func (t *task) check() *outcome {
 		return bad(scsi.Check(scsi.IllegalRequest, scsi.ASCInvalidOpcode))
 	}
 	cmd := t.cdb.Cmd
+	if t.lu != nil && !t.lu.supports(cmd) {
+		if cmd.SA != scsi.NoSA {
+			return bad(&scsi.Sense{Key: scsi.IllegalRequest, Code: scsi.ASCInvalidFieldCDB, Pointer: &scsi.FieldPointer{InCDB: true, Byte: 1, Bit: 4}})
+		}
+		return bad(scsi.Check(scsi.IllegalRequest, scsi.ASCInvalidOpcode))
+	}
 	if t.lu != nil {
 		switch cmd.Op {
 		case scsi.OpInquiry, scsi.OpReportLuns, scsi.OpRequestSense:

@@ -13,7 +13,7 @@ var vpdPages = map[uint8]func(*exec) []byte{
 	scsi.VPDDeviceID:      vpdDeviceID,
 	scsi.VPDExtended:      vpdExtended,
 	scsi.VPDBlockLimits:   vpdBlockLimits,
-	scsi.VPDBlockDevice:   func(x *exec) []byte { return (&scsi.BlockDevice{RotationRate: 1, WABEREQ: 1}).Bytes() },
+	scsi.VPDBlockDevice:   vpdBlockDevice,
 	scsi.VPDLogicalBlocks: vpdProvisioning,
 }
 
@@ -86,6 +86,14 @@ func vpdDeviceID(x *exec) []byte {
 	)
 }
 
+func vpdBlockDevice(x *exec) []byte {
+	d := &scsi.BlockDevice{RotationRate: 1, WABEREQ: 1}
+	if x.lu.canCryptoErase() {
+		d.WACEREQ = 1
+	}
+	return d.Bytes()
+}
+
 func vpdExtended(x *exec) []byte {
 	return (&scsi.Extended{Simple: true, Ordered: true, HeadOfQueue: true, VolatileCache: x.lu.mode.writeCache()}).Bytes()
 }
@@ -114,6 +122,9 @@ func vpdBlockLimits(x *exec) []byte {
 		l.MaxUnmapDescriptors = maxUnmapDescriptors
 		l.UnmapGranularity = uint32(i.PhysBlock / i.BlockSize)
 		l.UnmapAlignmentValid = true
+	}
+	if n, unit := x.lu.atomicLimits(); n > 0 {
+		l.MaxAtomic, l.AtomicAlignment, l.AtomicGranularity = n, unit, unit
 	}
 	return l.Bytes()
 }

@@ -14,11 +14,16 @@ import (
 )
 
 func init() {
-	for _, sa := range []int{scsi.SASanitizeOverwrite, scsi.SASanitizeBlockErase, scsi.SASanitizeExitFailure} {
+	for _, sa := range []int{scsi.SASanitizeOverwrite, scsi.SASanitizeBlockErase, scsi.SASanitizeCryptoErase, scsi.SASanitizeExitFailure} {
 		handle(scsi.OpSanitize, sa, handler{check: checkSanitize, run: runSanitize, slow: true, unlocked: true})
 	}
-	// CRYPTOGRAPHIC ERASE is not supported: it promises that a key is destroyed, and
-	// the stores encrypt nothing.
+}
+
+// canCryptoErase: CRYPTOGRAPHIC ERASE promises that a key is destroyed, so only a
+// store that encrypts can do it.
+func (u *logicalUnit) canCryptoErase() bool {
+	c, ok := u.dev.(block.CryptoEraser)
+	return ok && c.CanCryptoErase()
 }
 
 // sanitizer is the SANITIZE of a logical unit (SBC-3 4.11): it outlives the
@@ -91,6 +96,8 @@ func runSanitize(x *exec) error {
 			return err
 		}
 		job = func(ctx context.Context, pr *progress) error { return u.overwrite(ctx, passes, invert, p, pr) }
+	} else if x.cdb.Cmd.SA == scsi.SASanitizeCryptoErase {
+		job = u.cryptoErase
 	} else {
 		job = u.erase
 	}
@@ -246,6 +253,16 @@ func (u *logicalUnit) erase(ctx context.Context, pr *progress) error {
 	return pr.step(size, size, func() error {
 		return errors.Join(u.dev.WriteZeroes(ctx, 0, size, block.MayUnmap), u.dev.Flush(ctx))
 	})
+}
+
+// cryptoErase destroys the key. What the blocks hold afterwards is noise, which
+// reads tell as data (WACEREQ 01b).
+func (u *logicalUnit) cryptoErase(ctx context.Context, pr *progress) error {
+	c, ok := u.dev.(block.CryptoEraser)
+	if !ok {
+		return errors.New("cryptographic erase: the store has no key")
+	}
+	return pr.step(1, 1, func() error { return c.CryptoErase(ctx) })
 }
 
 // stopSanitize ends a SANITIZE that match picks by the name of its initiator, and
