@@ -16,7 +16,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -46,7 +45,7 @@ type Result struct {
 	Took    time.Duration
 }
 
-var testName = regexp.MustCompile(`^(SCSI|iSCSI)\.[A-Za-z0-9]+\.[A-Za-z0-9]+`)
+var testName = regexp.MustCompile(`^(SCSI|iSCSI)\.[A-Za-z0-9]+\.[A-Za-z0-9_-]+`)
 
 // List asks the program for its tests.
 func List(ctx context.Context) ([]string, error) {
@@ -115,25 +114,6 @@ func (r *Runner) Run(ctx context.Context, test string) Result {
 	return res
 }
 
-// RunAll runs tests in parallel on no more than n at a time; with one target and
-// destructive tests n is 1.
-func (r *Runner) RunAll(ctx context.Context, tests []string, n int) []Result {
-	out := make([]Result, len(tests))
-	sem := make(chan struct{}, max(n, 1))
-	var wg sync.WaitGroup
-	for i, t := range tests {
-		sem <- struct{}{}
-		wg.Add(1)
-		go func() {
-			defer wg.Done()
-			out[i] = r.Run(ctx, t)
-			<-sem
-		}()
-	}
-	wg.Wait()
-	return out
-}
-
 // summary is the row "tests  TOTAL RAN PASSED FAILED INACTIVE" of CUnit.
 var summary = regexp.MustCompile(`(?m)^\s*tests\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)`)
 
@@ -180,46 +160,59 @@ func lastLine(log string) string {
 	return strings.TrimSpace(ls[len(ls)-1])
 }
 
-// Table prints results by family: name, passed, failed (with hangs and crashes),
-// skipped, and a line for each that did not pass.
-func Table(rs []Result) string {
-	type row struct{ pass, fail, skip int }
-	rows := map[string]*row{}
-	var names []string
-	var detail strings.Builder
-	total := row{}
+// Count is how many tests of a family ended how; fail counts hangs and crashes
+// too.
+type Count struct{ Pass, Fail, Skip int }
+
+func (c *Count) add(v Verdict) {
+	switch v {
+	case Pass:
+		c.Pass++
+	case Skip:
+		c.Skip++
+	default:
+		c.Fail++
+	}
+}
+
+// Families counts results by family, in order of first appearance.
+func Families(rs []Result) (names []string, counts map[string]Count, all Count) {
+	counts = map[string]Count{}
 	for _, r := range rs {
 		f := strings.Split(r.Test, ".")[1]
-		w := rows[f]
-		if w == nil {
-			w = &row{}
-			rows[f] = w
+		c, ok := counts[f]
+		if !ok {
 			names = append(names, f)
 		}
-		switch r.Verdict {
-		case Pass:
-			w.pass++
-			total.pass++
+		c.add(r.Verdict)
+		all.add(r.Verdict)
+		counts[f] = c
+	}
+	return names, counts, all
+}
+
+// Best takes of each test's results the best: a test that is skipped on one
+// logical unit and passes on another has passed. A failure anywhere is kept.
+func Best(rs []Result) []Result {
+	rank := func(v Verdict) int {
+		switch v {
 		case Skip:
-			w.skip++
-			total.skip++
-			fmt.Fprintf(&detail, "%-5s %s: %s\n", r.Verdict, r.Test, r.Why)
-		default:
-			w.fail++
-			total.fail++
-			fmt.Fprintf(&detail, "%-5s %s: %s\n", r.Verdict, r.Test, r.Why)
+			return 0
+		case Pass:
+			return 1
 		}
+		return 2
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "%-24s %5s %5s %5s\n", "family", "pass", "fail", "skip")
-	for _, n := range names {
-		fmt.Fprintf(&b, "%-24s %5d %5d %5d\n", n, rows[n].pass, rows[n].fail, rows[n].skip)
-	}
-	fmt.Fprintf(&b, "%-24s %5d %5d %5d\n%s", "all", total.pass, total.fail, total.skip, detail.String())
+	at := map[string]int{}
+	var out []Result
 	for _, r := range rs {
-		if r.Took > 5*time.Second {
-			fmt.Fprintf(&b, "slow  %s: %s\n", r.Test, r.Took.Round(100*time.Millisecond))
+		i, ok := at[r.Test]
+		if !ok {
+			at[r.Test] = len(out)
+			out = append(out, r)
+		} else if rank(r.Verdict) > rank(out[i].Verdict) {
+			out[i] = r
 		}
 	}
-	return b.String()
+	return out
 }
