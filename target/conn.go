@@ -617,10 +617,14 @@ func (c *conn) writer() {
 	for {
 		select {
 		case <-c.wake:
-			c.flush()
-		case <-c.closed:
-			c.flush() // returns the buffers
+			// It waits where the reader would not: a writer that came back to try again
+			// would spin for as long as the other one writes.
 			c.flushing.Lock()
+			c.flushLocked()
+			c.flushing.Unlock()
+		case <-c.closed:
+			c.flushing.Lock()
+			c.flushLocked() // returns the buffers
 			c.failed = true
 			c.letGo(len(c.kept))
 			c.flushing.Unlock()
@@ -636,7 +640,12 @@ func (c *conn) flush() {
 		c.kick()
 		return
 	}
-	defer c.flushing.Unlock()
+	c.flushLocked()
+	c.flushing.Unlock()
+}
+
+// flushLocked writes everything queued; the caller holds flushing.
+func (c *conn) flushLocked() {
 	if len(c.kept) > 0 {
 		c.trim()
 	}

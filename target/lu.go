@@ -28,8 +28,8 @@ type logicalUnit struct {
 	sanitizer sanitizer
 	groups    atomic.Pointer[func() ([]scsi.PortGroup, uint8)]
 
-	// latency is the moving average of backend calls in ns, for the choice
-	// between running a command on the reader and handing it off.
+	// latency is the moving average of how long backend calls wait, in ns, for the
+	// choice between running a command on the reader and handing it off.
 	latency atomic.Int64
 }
 
@@ -62,8 +62,19 @@ func (u *logicalUnit) blocks() uint64 {
 	return uint64(i.Size / int64(i.BlockSize))
 }
 
-func (u *logicalUnit) observe(ns int64) {
+// The time of a backend call that is not waiting: bytes are copied at
+// copyPerNS or faster. One call counts for no more than observeMost above the
+// average, so that a preemption, or one page that was not cached, does not send
+// the commands that follow to the pool.
+const (
+	copyPerNS   = 4 // bytes
+	observeMost = 100_000
+)
+
+// observe takes the time of a backend call that moved n bytes.
+func (u *logicalUnit) observe(ns int64, n int) {
 	old := u.latency.Load()
+	ns = min(max(ns-int64(n)/copyPerNS, 0), old+observeMost)
 	u.latency.Store(old + (ns-old)/8) // a lost update does no harm
 }
 

@@ -467,13 +467,13 @@ func (t *task) ready(own bool) (run *task) {
 		t.lu.background(t.run)
 		return nil
 	}
-	// In place when that is cheap and nothing else waits for this goroutine;
-	// else the pool keeps the reader free and the disk busy.
+	// In place when the backend does not wait, or hardly and nothing else waits for
+	// this goroutine; else the pool keeps the reader free and the disk busy.
 	lat := t.lu.latency.Load()
 	if t.h.memory && own { // only its gate can hold it up
 		return t
 	}
-	if !t.h.slow && !t.h.memory && own && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen) && !t.lu.pool.busy() {
+	if !t.h.slow && !t.h.memory && own && (lat < 20_000 || lat < 200_000 && t.c.src.Buffered() < iscsi.BHSLen && !t.lu.pool.busy()) {
 		return t
 	}
 	t.lu.pool.submit(t)
@@ -579,7 +579,7 @@ func (t *task) run(ctx context.Context) {
 			begin := t.c.srv.now()
 			err = t.h.run(x)
 			if !t.h.memory && !t.h.slow {
-				t.lu.observe(t.c.srv.now() - begin)
+				t.lu.observe(t.c.srv.now()-begin, max(len(x.data), t.want))
 			}
 		}
 		if e := t.lu.gate.Leave(in, op); e != nil && !errors.Is(err, ErrReset) {
