@@ -49,10 +49,10 @@ func allFaces() []verbs.Face {
 		l = append(l, verbs.Face{Name: f.Name, Of: "clusteradm", Short: f.Short, Main: cman.Main})
 	}
 	for _, f := range tgt.Faces() {
-		l = append(l, verbs.Face{Name: f.Name, Of: "clusteradm", Short: f.Short, Main: func(_ string, args []string, _ io.Reader, stdout, stderr io.Writer) int {
+		l = append(l, verbs.Face{Name: f.Name, Of: "clusteradm", Short: f.Short, Main: func(_ string, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 			ctx, stop := signals()
 			defer stop()
-			return f.Main(ctx, args, tgt.IO{Out: stdout, Err: stderr})
+			return f.Main(ctx, args, tgt.IO{In: stdin, Out: stdout, Err: stderr})
 		}})
 	}
 	for _, f := range gfs.Faces() {

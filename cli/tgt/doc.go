@@ -1,11 +1,11 @@
-// Package tgt is the faces of other targets' tools: tgtadm and tgt-admin of tgt,
-// ietadm of iscsitarget. They take the command lines of tutorials and speak to
-// clusterd through package api, so that what they make is the cluster's: a tid
-// counts on every node, and nothing is lost at a restart.
+// Package tgt is the faces of other targets' tools: tgtadm, tgt-admin and
+// tgt-setup-lun of tgt, ietadm of iscsitarget. They take the command lines of
+// tutorials and speak to clusterd through package api, so that what they make is
+// the cluster's: a tid counts on every node, and nothing is lost at a restart.
 //
 // Outputs, texts and exit codes are the real tools'. Where they only say "invalid
 // request", lines with "why:" follow on standard error. Differences that are
-// meant stand in testdata/differences, each with its reason.
+// meant stand in test/e2e/tgt/testdata/differences, each with its reason.
 //
 // cli imports it; it imports api.
 package tgt
@@ -24,6 +24,7 @@ import (
 
 // IO is where a tool reads and writes, and whom it asks.
 type IO struct {
+	In       io.Reader // of tgt-setup-lun's question; nil: nobody answers
 	Out, Err io.Writer
 	Socket   string // of clusterd; empty: $BLOCKHOUSE_SOCKET or the package's
 	zero     bool   // LUN 0 may be a disk: ietadm's; tgtadm has its controller there
@@ -183,6 +184,7 @@ func Faces() []Face {
 	return []Face{
 		{"tgtadm", "tgt's: targets, LUNs, accounts by number", Tgtadm},
 		{"tgt-admin", "tgt's: make what targets.conf says, and print it", Admin},
+		{"tgt-setup-lun", "tgt's: a target with one disk in one command", SetupLUN},
 		{"ietadm", "iscsitarget's: the same by its words, and ietd.conf", Ietadm},
 	}
 }
