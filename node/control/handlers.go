@@ -222,13 +222,13 @@ func (m *member) nodeRemove(r *http.Request) (any, error) {
 }
 
 // settle waits until the storage workers that hold a lease have acted on index,
-// so that who was told "done" finds it done; at most two seconds, since a worker
+// or said that they cannot, so that who was told "done" finds it done; at most two seconds, since a worker
 // that lags will come to it all the same.
 func (m *member) settle(ctx context.Context, index uint64) {
 	for end := m.d.clock.Now().Add(2 * time.Second); m.d.clock.Now() < end; {
 		behind := false
 		for _, l := range m.table.leases() {
-			if w, ok := l.Workers[string(link.Storage)]; ok && l.Left > 0 && w.State == "serving" && w.Index < index {
+			if w, ok := l.Workers[string(link.Storage)]; ok && l.Left > 0 && w.State == "serving" && w.Error == "" && w.Index < index {
 				behind = true
 			}
 		}
