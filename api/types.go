@@ -184,6 +184,7 @@ type LUN struct {
 	Generation uint64   `json:"generation" yaml:"generation"`
 	ReadOnly   bool     `json:"read_only" yaml:"read_only"`
 	Removable  bool     `json:"removable,omitempty" yaml:"removable,omitempty"`
+	NoCache    bool     `json:"no_cache,omitempty" yaml:"no_cache,omitempty"` // every write is durable before its status (WCE 0)
 	State      Health   `json:"state" yaml:"state"`
 	WWID       string   `json:"wwid" yaml:"wwid"`                     // as in multipath: 3 + NAA in hex
 	URLs       []string `json:"urls,omitempty" yaml:"urls,omitempty"` // iscsi://… of the portals that serve it
@@ -210,6 +211,7 @@ type LUNCreate struct {
 type LUNSet struct {
 	ReadOnly  *bool `json:"read_only,omitempty"`
 	Removable *bool `json:"removable,omitempty"`
+	NoCache   *bool `json:"no_cache,omitempty"`
 }
 
 // Account is a CHAP name. Its secret is never told.

@@ -209,6 +209,9 @@ type LUN struct {
 	Groups    func() ([]scsi.PortGroup, uint8)
 	ReadOnly  bool
 	Removable bool
+	// NoCache begins with WCE 0 (SBC-3 6.5.5): a write is durable before its status.
+	// MODE SELECT may change it until the next reset.
+	NoCache bool
 }
 
 // Identity is frozen at the volume's creation and the same on every node.

@@ -19,6 +19,7 @@ type logicalUnit struct {
 	res       Reservations
 	id        Identity
 	removable bool
+	noCache   bool
 
 	size      atomic.Int64 // as last told to initiators
 	mode      modeState
@@ -34,12 +35,12 @@ type logicalUnit struct {
 }
 
 func newLogicalUnit(l *LUN, wg *sync.WaitGroup) *logicalUnit {
-	u := &logicalUnit{volume: l.Volume, dev: l.Device, gate: l.Gate, res: l.Reservations, id: l.Identity, removable: l.Removable}
+	u := &logicalUnit{volume: l.Volume, dev: l.Device, gate: l.Gate, res: l.Reservations, id: l.Identity, removable: l.Removable, noCache: l.NoCache}
 	if u.gate == nil {
 		u.gate = Open{}
 	}
 	u.size.Store(u.dev.Info().Size)
-	u.mode.init(u.dev.Info().Caps.WriteCache)
+	u.mode.init(u.dev.Info().Caps.WriteCache && !l.NoCache)
 	u.pool.wg = wg
 	u.medium.init()
 	u.groups.Store(&l.Groups)
@@ -51,7 +52,7 @@ func (u *logicalUnit) same(l *LUN) bool {
 	if g == nil {
 		g = Open{}
 	}
-	return u.dev == l.Device && u.gate == g && (l.Reservations == nil || u.res == l.Reservations) && u.id == l.Identity && u.removable == l.Removable
+	return u.dev == l.Device && u.gate == g && (l.Reservations == nil || u.res == l.Reservations) && u.id == l.Identity && u.removable == l.Removable && u.noCache == l.NoCache
 }
 
 func (u *logicalUnit) blockSize() int { return u.dev.Info().BlockSize }

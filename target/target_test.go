@@ -863,6 +863,31 @@ func TestFUA(t *testing.T) {
 	}
 }
 
+// TestNoCache: a LUN without a write cache begins with WCE 0, and no write needs FUA.
+func TestNoCache(t *testing.T) {
+	t.Parallel()
+	m, err := mem.New(1<<20, 512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pc := fault.NewPowerCut(m)
+	l := lunOn(0, pc)
+	l.NoCache = true
+	c := newBench(t, Options{}, l).ready(loginOpt{})
+	ms, _, err := scsi.ParseMode(c.do(0, scsi.ModeSense10(scsi.ModeCaching, 0, 256), nil, 256).data, true)
+	if err != nil || ms.Pages[0].Body[0]&cachingWCE != 0 {
+		t.Errorf("%+v, %v", ms, err)
+	}
+	c.do(0, scsi.Write(3, 1, false), bytes.Repeat([]byte{3}, 512), 0).want(t, "write", scsi.StatusGood, 0, 0)
+	if err := pc.Cut(func(int64, int) int { return 0 }); err != nil {
+		t.Fatal(err)
+	}
+	p := make([]byte, 512)
+	if err := m.ReadAt(t.Context(), p, 3*512); err != nil || p[0] != 3 {
+		t.Errorf("an acknowledged write is lost: %d %v", p[0], err)
+	}
+}
+
 // TestResiduals of commands whose expected length is not the CDB's.
 func TestResiduals(t *testing.T) {
 	t.Parallel()

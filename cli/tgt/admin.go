@@ -615,7 +615,7 @@ func (a *admin) dump() error {
 			if strings.ContainsAny(b, "# \t\\") {
 				b = `"` + b + `"`
 			}
-			plain := l.LUN == i+1 && !l.ReadOnly && !l.Removable && blockSize(a.volume(l.Volume)) == 512
+			plain := l.LUN == i+1 && !l.ReadOnly && !l.Removable && !l.NoCache && blockSize(a.volume(l.Volume)) == 512
 			if plain {
 				a.printf("\tbacking-store %s\n", b)
 				continue
@@ -629,6 +629,9 @@ func (a *admin) dump() error {
 			}
 			if l.Removable {
 				a.printf("\t\tremovable 1\n")
+			}
+			if l.NoCache {
+				a.printf("\t\twrite-cache off\n")
 			}
 			a.printf("\t</backing-store>\n")
 		}

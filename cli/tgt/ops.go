@@ -316,6 +316,28 @@ func params(s string) ([][2]string, error) {
 	return out, nil
 }
 
+// cachePage reads PAGE:SUBPAGE:LENGTH:BYTE… of the one page that can be set by hand:
+// caching, and in it the write cache (SBC-3 6.5.5). targets.conf's write-cache off
+// becomes this.
+func cachePage(v string) (off bool, err error) {
+	var n []uint64
+	for f := range strings.SplitSeq(v, ":") {
+		x, err := strconv.ParseUint(f, 0, 8)
+		if err != nil {
+			return false, invalid("mode_page=%s: PAGE:SUBPAGE:LENGTH:BYTE:… is needed", v)
+		}
+		n = append(n, x)
+	}
+	const caching, wce = 8, 4
+	switch {
+	case len(n) < 4 || uint64(len(n)-3) != n[2]:
+		return false, invalid("mode_page=%s: the length is not that of the bytes behind it", v)
+	case n[0] != caching || n[1] != 0:
+		return false, invalid("mode_page=%s: page 8 (caching) can be set, and in it the write cache; the other pages follow from the store", v)
+	}
+	return n[3]&wce == 0, nil
+}
+
 func (s *session) lunUpdate(r *request) error {
 	t, err := s.target(r.tid)
 	if err != nil {
@@ -364,7 +386,10 @@ func (s *session) lunUpdate(r *request) error {
 			err = same("0001")
 		case "product_id":
 			err = same(l.Volume)
-		case "sense_format", "lbppbe", "la_lba", "optimal_xfer_gran", "optimal_xfer_len", "mode_page", "path", "bsopts", "bsoflags", "rotation_rate":
+		case "mode_page":
+			b, err = cachePage(v)
+			q.NoCache = &b
+		case "sense_format", "lbppbe", "la_lba", "optimal_xfer_gran", "optimal_xfer_len", "path", "bsopts", "bsoflags", "rotation_rate":
 			err = invalid("%s=%s: it follows from the store and is not set by hand", k, v)
 		default:
 			err = invalid("unknown parameter %q", k)
@@ -373,7 +398,7 @@ func (s *session) lunUpdate(r *request) error {
 			return err
 		}
 	}
-	if q.ReadOnly == nil && q.Removable == nil {
+	if q == (api.LUNSet{}) {
 		return nil
 	}
 	_, err = api.Post[api.LUN](s.ctx, s.cl, path(api.PathLUNs, t.IQN, strconv.Itoa(r.lun)), q)

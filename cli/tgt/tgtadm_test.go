@@ -88,3 +88,17 @@ func TestParams(t *testing.T) {
 		}
 	}
 }
+
+func TestCachePage(t *testing.T) {
+	t.Parallel()
+	for v, want := range map[string]bool{cacheOff[len("mode_page="):]: true, "8:0:1:0x10": true, "8:0:1:0x14": false, "0x8:0:2:4:0": false} {
+		if off, err := cachePage(v); off != want || err != nil {
+			t.Errorf("%s: %v, %v", v, off, err)
+		}
+	}
+	for _, bad := range []string{"", "8", "8:0:18:0x10:0:0xff", "8:0:1:256", "8:0:1:x", "10:0:1:2", "8:1:1:0"} {
+		if _, err := cachePage(bad); err == nil {
+			t.Errorf("%s: taken", bad)
+		}
+	}
+}

@@ -236,7 +236,7 @@ func (m *member) lunSet(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, api.Errorf(api.CodeUsage, "", "%q is no LUN number", r.PathValue("n"))
 	}
-	res, err := m.apply(r.Context(), storage.LunSet{Target: iqn, Number: n, ReadOnly: q.ReadOnly, Removable: q.Removable})
+	res, err := m.apply(r.Context(), storage.LunSet{Target: iqn, Number: n, ReadOnly: q.ReadOnly, Removable: q.Removable, NoCache: q.NoCache})
 	if err != nil {
 		return nil, err
 	}

@@ -246,7 +246,7 @@ func targetsOf(p picture, vols []api.Volume) []api.Target {
 		for _, n := range t.Numbers() {
 			l := t.LUNs[n]
 			v := byID[l.Volume]
-			x := api.LUN{Target: t.IQN, LUN: n, Volume: v.Name, Generation: l.Generation, ReadOnly: l.ReadOnly, Removable: l.Removable, State: v.Health, URLs: []string{}}
+			x := api.LUN{Target: t.IQN, LUN: n, Volume: v.Name, Generation: l.Generation, ReadOnly: l.ReadOnly, Removable: l.Removable, NoCache: l.NoCache, State: v.Health, URLs: []string{}}
 			if sv := p.Storage.Volumes[l.Volume]; sv != nil {
 				x.WWID = "3" + sv.Identity.NAA
 				if prim := p.Members.Members[sv.Config.Primary]; prim != nil {

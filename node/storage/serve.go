@@ -115,7 +115,7 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 				return c, err
 			}
 			ct.LUNs = append(ct.LUNs, target.LUN{Number: scsi.LUN(n), Volume: l.Volume, Generation: l.Generation, Device: v.dev,
-				Gate: v.gate, Identity: id, ReadOnly: l.ReadOnly, Removable: l.Removable})
+				Gate: v.gate, Identity: id, ReadOnly: l.ReadOnly, Removable: l.Removable, NoCache: l.NoCache})
 		}
 		if ct.Auth, err = w.auth(want, t.IQN, t.Auth); err != nil {
 			// Without its secrets a target that asks for them takes nobody: never the

@@ -99,6 +99,7 @@ type LunSet struct {
 	Number    int    `json:"number"`
 	ReadOnly  *bool  `json:"read_only,omitempty"`
 	Removable *bool  `json:"removable,omitempty"`
+	NoCache   *bool  `json:"no_cache,omitempty"`
 }
 
 // FSMKind implements fsm.Command.
@@ -326,6 +327,9 @@ func (m *Machine) lunSet(c *LunSet) (any, error) {
 	}
 	if c.Removable != nil {
 		l.Removable = *c.Removable
+	}
+	if c.NoCache != nil {
+		l.NoCache = *c.NoCache
 	}
 	t.Generation = m.next()
 	return *l, nil

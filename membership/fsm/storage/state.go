@@ -106,6 +106,7 @@ type LUN struct {
 	Generation uint64 `json:"generation"` // never given twice; the gate compares it with the session's (SAFETY §4)
 	ReadOnly   bool   `json:"read_only,omitempty"`
 	Removable  bool   `json:"removable,omitempty"`
+	NoCache    bool   `json:"no_cache,omitempty"` // every write is durable before its status (WCE 0)
 	Request    string `json:"request,omitempty"`
 }
 
