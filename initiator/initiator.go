@@ -2,19 +2,23 @@
 // normal sessions with many commands in flight, and a block.Device for each logical
 // unit.
 //
-// It is one connection to one portal. It does not reconnect, does not choose among
-// paths and never repeats a command whose connection was lost: every call in flight
-// gets the session's error, and the layer above (multipath) decides. Storage row: it
+// A session is one connection to one portal, or several (MC/S). It does not reconnect,
+// does not choose among paths and never repeats a command whose connection was lost:
+// every call in flight on it gets an error, and the layer above (multipath) decides.
+// The session goes on over the connections that are left. Where error recovery level 1
+// is negotiated, losses that a data digest shows are recovered. Storage row: it
 // imports iscsi, scsi and block and nothing of the cluster.
 //
 //	initiator.go  Config, errors
 //	wire.go       dialling, login with redirection, discovery
-//	session.go    the session: tasks, window, reader, writer, watchdog
+//	session.go    the session: tasks, window, task management
+//	link.go       a connection: reader, writer, watchdog
+//	recovery.go   error recovery level 1
 //	device.go     block.Device over SCSI commands
 //	url.go        iscsi:// URLs
 //
-// Goroutines of a session: a reader, a writer and a supervisor that waits for both
-// and watches the peer with NOP-Outs. Close returns when all are gone. A task's
+// Goroutines of a session: for each connection a reader, a writer and one that waits for
+// both and watches the peer with NOP-Outs; and a supervisor. Close returns when all are gone. A task's
 // buffers belong to the session from Exec to its return; Exec returns only when
 // neither goroutine can touch them any more.
 package initiator
@@ -64,6 +68,10 @@ type Config struct {
 	// function; the session is given up after it. 15 s.
 	AbortTimeout time.Duration
 
+	// Connections is how many connections a session has, as far as the target allows;
+	// 1. All go to one portal. Want.MaxConnections is raised to it.
+	Connections int
+
 	QueueDepth   int // commands in flight at most, 1-4096; 128
 	MaxRedirects int // 4
 
@@ -111,8 +119,19 @@ func (c Config) withDefaults() (Config, error) {
 	if err := c.Want.Validate(); err != nil {
 		return c, err
 	}
-	if c.Want.ErrorRecoveryLevel != 0 || c.Want.MaxConnections != 1 || !c.Want.DataPDUInOrder || !c.Want.DataSequenceInOrder {
-		return c, errors.New("the initiator has one connection, data in order and error recovery level 0 only")
+	if c.Connections == 0 {
+		c.Connections = 1
+	}
+	if c.Connections < 1 || c.Connections > 65535 {
+		return c, fmt.Errorf("%d connections: want 1-65535", c.Connections)
+	}
+	if c.Want.MaxConnections < c.Connections {
+		w := *c.Want
+		w.MaxConnections = c.Connections
+		c.Want = &w
+	}
+	if c.Want.ErrorRecoveryLevel > 1 || !c.Want.DataPDUInOrder || !c.Want.DataSequenceInOrder {
+		return c, errors.New("the initiator takes data in order and does error recovery level 0 and 1 only")
 	}
 	if c.CHAP != nil && (c.CHAP.User == "" || len(c.CHAP.Secret) == 0) {
 		return c, errors.New("CHAP needs a user and a secret")

@@ -4,14 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
-
-	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/scsi"
@@ -87,13 +82,17 @@ type task struct {
 
 	// reader
 	got    int    // bytes of Data-In so far
+	next   int    // where the next Data-In belongs
 	dataSN uint32 // next DataSN of Data-In
 	r2tSN  uint32 // next R2TSN
+	recovery
 
 	mu struct {
+		link    *link  // the connection that the command is on
 		gen     uint16 // counts uses of the slot: the upper half of the task tag
 		state   taskState
 		writing bool // the writer holds pieces of out
+		reading bool // the reader fills in
 		r2ts    int  // R2Ts not yet served
 		cmdSN   iscsi.Serial
 		res     Result
@@ -104,17 +103,22 @@ type task struct {
 // control is a request of our own other than a command: NOP-Out, task management,
 // logout, text.
 type control struct {
-	done  chan struct{}
-	err   error
-	resp  iscsi.TaskResp // of task management
-	text  iscsi.TextResponse
-	data  []byte
-	apply func() // run by the reader, with mu held, when the target has done it
+	done   chan struct{}
+	link   *link
+	pdu    iscsi.PDU
+	out    []byte
+	err    error
+	resp   iscsi.TaskResp // of task management
+	logout iscsi.LogoutResult
+	text   iscsi.TextResponse
+	data   []byte
+	apply  func() // run by the reader, with mu held, when the target has done it
 }
 
 // work is something to send that does not wait for the command window.
 type work struct {
-	pdu  iscsi.PDU // nil: data for an R2T
+	pdu  iscsi.PDU // nil: data for an R2T, or a whole command again
+	cmd  bool
 	data []byte
 	t    *task
 	gen  uint16
@@ -166,15 +170,12 @@ func (f *fifo[T]) drop(match func(T) bool) {
 	}
 }
 
-// Session is a normal session with one connection. All methods may be called
-// concurrently.
+// Session is a normal session with one connection or several: commands go round
+// robin over those that live. All methods may be called concurrently.
 type Session struct {
 	cfg    Config
 	target string
 	portal iscsi.Portal
-	conn   net.Conn
-	r      *iscsi.Reader
-	w      *iscsi.Writer
 	p      iscsi.Params
 	tsih   uint16
 	tpgt   uint16
@@ -182,22 +183,19 @@ type Session struct {
 
 	slots []*task
 	free  chan *task
-	wake  chan struct{} // there is something to send
 	dead  chan struct{} // closed by fail
-	over  chan struct{} // closed when the reader and the writer are gone and all tasks failed
+	over  chan struct{} // closed when all readers and writers are gone and all tasks failed
 
-	expStatSN atomic.Uint32
-	maxSend   atomic.Int32 // the target's MaxRecvDataSegmentLength now
-	lastRecv  atomic.Int64 // time.Since(start) in ns
-	start     time.Time
-	side      sync.WaitGroup // goroutines that act on asynchronous messages
+	start time.Time
+	legs  sync.WaitGroup // connections
+	side  sync.WaitGroup // goroutines that act on messages and on the loss of a connection
 
 	mu struct {
 		sync.Mutex
-		err      error // why the session ended
-		closing  error // new commands are refused with it
-		cmds     fifo[*task]
-		urgent   fifo[work]
+		err      error   // why the session ended
+		closing  error   // new commands are refused with it
+		links    []*link // those that live
+		turn     int     // of them
 		ctl      map[uint32]*control
 		ctlSeq   uint16
 		inFlight int // tasks not free
@@ -205,7 +203,6 @@ type Session struct {
 		cmdSN    iscsi.Serial
 		expCmdSN iscsi.Serial
 		maxCmdSN iscsi.Serial
-		ping     bool
 	}
 }
 
@@ -227,12 +224,19 @@ func Login(ctx context.Context, portal, iqn string, cfg Config) (*Session, error
 	if err != nil {
 		return nil, err
 	}
-	return newSession(w, p, iqn, cfg), nil
+	s := newSession(w, p, iqn, cfg)
+	for cid := 1; cid < min(cfg.Connections, s.p.MaxConnections); cid++ {
+		if err := s.AddConnection(ctx, uint16(cid)); err != nil {
+			_ = s.Close()
+			return nil, err
+		}
+	}
+	return s, nil
 }
 
 func newSession(w *wire, portal iscsi.Portal, target string, cfg Config) *Session {
-	s := &Session{cfg: cfg, target: target, portal: portal, conn: w.conn, r: w.r, w: w.w, p: w.p, tsih: w.login.TSIH(), tpgt: w.login.TPGT(),
-		isid: cfg.isid(target), free: make(chan *task, cfg.QueueDepth), wake: make(chan struct{}, 1), dead: make(chan struct{}),
+	s := &Session{cfg: cfg, target: target, portal: portal, p: w.p, tsih: w.login.TSIH(), tpgt: w.login.TPGT(),
+		isid: cfg.isid(target), free: make(chan *task, cfg.QueueDepth), dead: make(chan struct{}),
 		over: make(chan struct{}), start: time.Now()}
 	for i := range cfg.QueueDepth {
 		t := &task{slot: uint16(i), done: make(chan struct{}, 1)}
@@ -242,10 +246,70 @@ func newSession(w *wire, portal iscsi.Portal, target string, cfg Config) *Sessio
 	s.mu.ctl = map[uint32]*control{}
 	s.mu.cmdSN = w.cmdSN
 	s.mu.expCmdSN, s.mu.maxCmdSN = w.login.Window()
-	s.expStatSN.Store(uint32(w.login.ExpStatSN()))
-	s.maxSend.Store(int32(w.p.MaxSend))
+	s.attach(newLink(s, w, 0))
 	go s.supervise()
 	return s
+}
+
+// attach makes a connection one of the session and starts it.
+func (s *Session) attach(l *link) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.err != nil {
+		l.failLocked(s.mu.err)
+	}
+	s.mu.links = append(s.mu.links, l)
+	s.legs.Go(l.run)
+}
+
+// AddConnection logs connection cid in to the session (RFC 7143 6.3): at the portal of
+// the first one. The session must have been told to have several, by
+// Config.Connections, and the target must allow them. A cid that is in use is
+// reinstated: the commands on its old connection end with ErrDropped.
+func (s *Session) AddConnection(ctx context.Context, cid uint16) error {
+	s.mu.Lock()
+	err := s.refusedLocked()
+	cmdSN := s.mu.cmdSN
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	w, err := dialJoin(ctx, s, cid, cmdSN)
+	if err != nil {
+		return fmt.Errorf("add connection %d to the session with %s: %w", cid, s.target, err)
+	}
+	s.mu.Lock()
+	for _, o := range s.mu.links {
+		if o.cid == cid {
+			o.failLocked(fmt.Errorf("%w: connection %d was reinstated", ErrDropped, cid))
+		}
+	}
+	s.mu.Unlock()
+	s.attach(newLink(s, w, cid))
+	return nil
+}
+
+// Connections are the CIDs of the connections that live.
+func (s *Session) Connections() (cids []uint16) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range s.mu.links {
+		if l.mu.err == nil {
+			cids = append(cids, l.cid)
+		}
+	}
+	return cids
+}
+
+// pickLocked is the connection whose turn it is, or nil when none lives.
+func (s *Session) pickLocked() *link {
+	for range s.mu.links {
+		s.mu.turn++
+		if l := s.mu.links[s.mu.turn%len(s.mu.links)]; l.mu.err == nil {
+			return l
+		}
+	}
+	return nil
 }
 
 // Target is the target's name.
@@ -289,84 +353,31 @@ func (s *Session) failLocked(err error) {
 	}
 	s.mu.err = err
 	close(s.dead)
-	_ = s.conn.Close() // the reader and the writer come back from their calls
-}
-
-func (s *Session) kick() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
+	for _, l := range s.mu.links {
+		l.failLocked(err)
 	}
 }
 
-// supervise starts reader and writer, watches the peer, and when both are gone fails
-// every task: not earlier, since they use the tasks' buffers.
+// supervise waits for the last connection.
 func (s *Session) supervise() {
-	var g sync.WaitGroup
-	g.Go(func() { s.fail(s.read()) })
-	g.Go(func() { s.fail(s.write()) })
-	s.watch()
-	g.Wait()
-
-	s.mu.Lock()
-	err := s.mu.err
-	if !errors.Is(err, ErrClosed) {
-		s.cfg.Logger.Warn("session ended", zap.String("iqn", s.target), zap.Stringer("portal", s.portal), zap.Error(err))
-	}
-	for _, t := range s.slots {
-		t.mu.writing = false
-		switch t.mu.state {
-		case taskQueued, taskSent:
-			t.mu.err = err
-			s.finishLocked(t)
-		case taskDone:
-			// Answered, but its data were with the writer: the token is still due.
-			s.tokenLocked(t)
-		}
-	}
-	s.mu.cmds = fifo[*task]{}
-	for itt, c := range s.mu.ctl {
-		c.err = err
-		close(c.done)
-		delete(s.mu.ctl, itt)
-	}
-	s.mu.Unlock()
+	s.legs.Wait()
 	s.side.Wait()
 	close(s.over)
 }
 
-// watch pings a silent peer until the session is dead.
-func (s *Session) watch() {
-	if s.cfg.NopInterval < 0 {
-		<-s.dead
-		return
-	}
-	tick := time.NewTicker(max(min(s.cfg.NopInterval, s.cfg.NopTimeout)/4, time.Millisecond))
-	defer tick.Stop()
-	for {
-		select {
-		case <-s.dead:
-			return
-		case <-tick.C:
-		}
-		silent := time.Since(s.start) - time.Duration(s.lastRecv.Load())
-		switch {
-		case silent >= s.cfg.NopInterval+s.cfg.NopTimeout:
-			s.fail(fmt.Errorf("%w: silent for %v", ErrNoAnswer, silent.Round(time.Millisecond)))
-		case silent >= s.cfg.NopInterval:
-			s.mu.Lock()
-			if !s.mu.ping && s.mu.err == nil {
-				s.mu.ping = true
-				s.controlLocked(&iscsi.NopOut{Immediate: true, TTT: iscsi.ReservedTag}, nil, &control{apply: func() { s.mu.ping = false }})
-			}
-			s.mu.Unlock()
-		}
-	}
-}
-
-// controlLocked queues a request of our own; c.done is closed when it is answered.
+// controlLocked queues a request of our own, on c.link or any connection; c.done is
+// closed when it is answered.
 func (s *Session) controlLocked(p iscsi.PDU, data []byte, c *control) (itt uint32) {
 	c.done = make(chan struct{})
+	c.pdu, c.out = p, data
+	if c.link == nil {
+		c.link = s.pickLocked()
+	}
+	if c.link == nil || c.link.mu.err != nil {
+		c.err = errLinkLost
+		close(c.done)
+		return 0
+	}
 	for {
 		s.mu.ctlSeq++
 		itt = uint32(s.mu.ctlSeq)<<16 | controlSlot
@@ -385,8 +396,8 @@ func (s *Session) controlLocked(p iscsi.PDU, data []byte, c *control) (itt uint3
 		p.ITT = itt
 	}
 	s.mu.ctl[itt] = c
-	s.mu.urgent.push(work{pdu: p, data: data})
-	s.kick()
+	c.link.mu.urgent.push(work{pdu: p, data: data})
+	c.link.kick()
 	return itt
 }
 
@@ -456,9 +467,14 @@ func (s *Session) Exec(ctx context.Context, lun scsi.LUN, cdb []byte, dir scsi.D
 	t.cmd.ITT = uint32(t.mu.gen)<<16 | uint32(t.slot)
 	t.mu.state = taskQueued
 	s.mu.inFlight++
-	s.mu.cmds.push(t)
+	l := s.pickLocked()
+	if l == nil { // the last one is about to end the session, and the task with it
+		l = s.mu.links[0]
+	}
+	t.mu.link = l
+	l.mu.cmds.push(t)
 	s.mu.Unlock()
-	s.kick()
+	l.kick()
 
 	select {
 	case <-t.done:
@@ -480,7 +496,7 @@ func (s *Session) refusedLocked() error {
 
 func (t *task) prepare(lun scsi.LUN, cdb []byte, dir scsi.Direction, out, in []byte) error {
 	t.out, t.in, t.ahs = nil, nil, t.ahs[:0]
-	t.got, t.dataSN, t.r2tSN = 0, 0, 0
+	t.got, t.next, t.dataSN, t.r2tSN, t.recovery = 0, 0, 0, 0, recovery{}
 	t.mu.res, t.mu.err, t.mu.r2ts = Result{}, nil, 0
 	t.lun = iscsi.LUNOf(uint16(lun))
 	t.cmd = iscsi.ScsiCommand{Attr: iscsi.AttrSimple, LUN: t.lun}
@@ -521,7 +537,7 @@ func (s *Session) release(t *task) {
 // data, too.
 func (s *Session) finishLocked(t *task) {
 	t.mu.state = taskDone
-	if !t.mu.writing {
+	if !t.mu.writing && !t.mu.reading {
 		s.tokenLocked(t)
 	}
 }
@@ -540,7 +556,7 @@ func (s *Session) abort(t *task, cause error) {
 	s.mu.Lock()
 	switch t.mu.state {
 	case taskQueued:
-		s.mu.cmds.drop(func(q *task) bool { return q == t })
+		t.mu.link.mu.cmds.drop(func(q *task) bool { return q == t })
 		t.mu.err = cause
 		s.finishLocked(t)
 		s.mu.Unlock()
@@ -561,13 +577,19 @@ func (s *Session) abort(t *task, cause error) {
 	}
 	c.apply = func() {
 		// "Task does not exist" says that the answer came before, or that the command
-		// never arrived; on one connection the reader knows of the former.
+		// never arrived; on its connection the reader knows of the former.
 		if c.resp == iscsi.TaskComplete || c.resp == iscsi.TaskNotFound {
 			end()
 		}
 	}
 	req := &iscsi.TaskMgmtRequest{Immediate: true, Function: iscsi.FuncAbortTask, LUN: t.lun, RefTag: t.cmd.ITT, RefCmdSN: cmdSN}
+	s.mu.Lock()
+	c.link = t.mu.link // where the command is (RFC 7143 11.5)
+	s.mu.Unlock()
 	err := s.control(context.Background(), req, nil, c, s.cfg.AbortTimeout)
+	if errors.Is(err, errLinkLost) {
+		return // the loss of its connection ends the task
+	}
 	if err == nil && c.resp != iscsi.TaskComplete && c.resp != iscsi.TaskNotFound {
 		s.mu.Lock()
 		if t.mu.gen == gen && t.mu.state == taskSent {
@@ -715,617 +737,4 @@ func (s *Session) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.LogoutTimeout)
 	defer cancel()
 	return s.Logout(ctx)
-}
-
-// write is the writer: control requests and solicited data first, then commands as
-// the window allows. What is ready goes out with one writev.
-func (s *Session) write() error {
-	var batch []*task // tasks whose data the codec's writer holds
-	flush := func() error {
-		err := s.w.Flush()
-		if len(batch) > 0 {
-			s.mu.Lock()
-			for _, t := range batch {
-				t.mu.writing = false
-				if t.mu.state == taskDone {
-					s.tokenLocked(t)
-				}
-			}
-			s.mu.Unlock()
-			batch = batch[:0]
-		}
-		if err != nil {
-			return fmt.Errorf("%w: %w", ErrDropped, err)
-		}
-		return nil
-	}
-	for {
-		s.mu.Lock()
-		if s.mu.err != nil {
-			s.mu.Unlock()
-			return s.mu.err
-		}
-		var err error
-		var t *task
-		var it work
-		var cmd iscsi.ScsiCommand
-		switch {
-		case s.mu.urgent.len() > 0:
-			it = s.mu.urgent.pop()
-			if it.pdu != nil {
-				stamp(it.pdu, s.mu.cmdSN, iscsi.Serial(s.expStatSN.Load()))
-				break
-			}
-			t = it.t
-			if t.mu.gen != it.gen || t.mu.state != taskSent {
-				s.mu.Unlock()
-				continue // answered before its data were asked for to the end
-			}
-			t.mu.r2ts--
-		case s.mu.cmds.len() > 0 && s.mu.cmdSN.LessEq(s.mu.maxCmdSN):
-			t = s.mu.cmds.pop()
-			t.mu.state = taskSent
-			t.mu.cmdSN = s.mu.cmdSN
-			s.mu.cmdSN++
-			cmd = t.cmd
-			cmd.CmdSN, cmd.ExpStatSN = t.mu.cmdSN, iscsi.Serial(s.expStatSN.Load())
-		default:
-			s.mu.Unlock()
-			if s.w.Pending() > 0 {
-				if err := flush(); err != nil {
-					return err
-				}
-				continue
-			}
-			select {
-			case <-s.wake:
-			case <-s.dead:
-			}
-			continue
-		}
-		if t != nil && !t.mu.writing {
-			t.mu.writing = true
-			batch = append(batch, t)
-		}
-		s.mu.Unlock()
-		s.w.MaxData = int(s.maxSend.Load())
-		switch {
-		case it.pdu != nil:
-			err = s.w.Append(it.pdu, it.data)
-		case it.t != nil:
-			err = s.sendData(t, it.lun, it.ttt, it.off, it.n, 0)
-		default:
-			err = s.sendCommand(t, &cmd)
-		}
-		if err == nil && s.w.Pending() >= flushAt {
-			err = flush()
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// stamp sets the numbers that a request carries when it is sent.
-func stamp(p iscsi.PDU, cmdSN, expStatSN iscsi.Serial) {
-	switch p := p.(type) {
-	case *iscsi.NopOut:
-		p.CmdSN, p.ExpStatSN = cmdSN, expStatSN
-	case *iscsi.TaskMgmtRequest:
-		p.CmdSN, p.ExpStatSN = cmdSN, expStatSN
-	case *iscsi.LogoutRequest:
-		p.CmdSN, p.ExpStatSN = cmdSN, expStatSN
-	case *iscsi.TextRequest:
-		p.CmdSN, p.ExpStatSN = cmdSN, expStatSN
-	}
-}
-
-// sendCommand sends a command with its immediate data and, if the target takes it,
-// the rest of the first burst behind it (§4.2.4.2).
-func (s *Session) sendCommand(t *task, cmd *iscsi.ScsiCommand) error {
-	imm, first := 0, 0
-	if s.p.ImmediateData {
-		imm = min(len(t.out), s.w.MaxData, s.p.FirstBurstLength)
-		first = imm
-	}
-	if !s.p.InitialR2T {
-		first = min(len(t.out), s.p.FirstBurstLength)
-	}
-	cmd.Final = first == imm
-	cmd.Encode(s.w.Begin())
-	if err := s.w.End(t.ahs, t.out[:imm]); err != nil {
-		return err
-	}
-	if first > imm {
-		return s.sendData(t, 0, iscsi.ReservedTag, imm, first-imm, 0)
-	}
-	return nil
-}
-
-// sendData sends a sequence of Data-Out PDUs: out[off:off+n].
-func (s *Session) sendData(t *task, lun iscsi.LUN, ttt uint32, off, n int, dataSN uint32) error {
-	if ttt == iscsi.ReservedTag {
-		lun = t.lun
-	}
-	for n > 0 {
-		m := min(n, s.w.MaxData)
-		do := iscsi.DataOut{Final: m == n, LUN: lun, ITT: t.cmd.ITT, TTT: ttt, ExpStatSN: iscsi.Serial(s.expStatSN.Load()), DataSN: dataSN, Offset: uint32(off)}
-		do.Encode(s.w.Begin())
-		if err := s.w.End(nil, t.out[off:off+m]); err != nil {
-			return err
-		}
-		off, n, dataSN = off+m, n-m, dataSN+1
-	}
-	return nil
-}
-
-func broke(format string, a ...any) error {
-	return fmt.Errorf("%w: %w", ErrProtocol, fmt.Errorf(format, a...))
-}
-
-// read is the reader.
-func (s *Session) read() error {
-	for {
-		h, err := s.r.Next()
-		if err != nil {
-			if errors.Is(err, io.EOF) {
-				return fmt.Errorf("%w: end of stream", ErrDropped)
-			}
-			var pe *iscsi.ProtocolError
-			if errors.As(err, &pe) || errors.Is(err, iscsi.ErrHeaderDigest) {
-				return broke("%w", err)
-			}
-			return fmt.Errorf("%w: %w", ErrDropped, err)
-		}
-		s.lastRecv.Store(int64(time.Since(s.start)))
-		if err := s.pdu(h); err != nil {
-			switch {
-			case errors.Is(err, iscsi.ErrDataDigest):
-				return broke("%w", err) // error recovery level 0 knows no other way (§7.7)
-			case errors.Is(err, ErrProtocol), errors.Is(err, ErrRejected), errors.Is(err, ErrDropped):
-				return err
-			}
-			return fmt.Errorf("%w: %w", ErrDropped, err) // the stream ended in a data segment
-		}
-	}
-}
-
-// numbers takes StatSN, which has to be the next one, and the window. advance says
-// that the PDU used a StatSN up.
-func (s *Session) numbers(op iscsi.Opcode, stat, exp, mx iscsi.Serial, advance bool) error {
-	if want := iscsi.Serial(s.expStatSN.Load()); advance {
-		if stat != want {
-			return broke("%s has StatSN %d, want %d", op, stat, want)
-		}
-		s.expStatSN.Store(uint32(want.Add(1)))
-	}
-	s.windowLocking(exp, mx)
-	return nil
-}
-
-// windowLocking moves the window (§4.2.2.1): a pair with MaxCmdSN below ExpCmdSN-1
-// is ignored, and neither goes back.
-func (s *Session) windowLocking(exp, mx iscsi.Serial) {
-	if mx.Less(exp - 1) {
-		return
-	}
-	s.mu.Lock()
-	if s.mu.expCmdSN.Less(exp) {
-		s.mu.expCmdSN = exp
-	}
-	opened := s.mu.maxCmdSN.Less(mx)
-	if opened {
-		s.mu.maxCmdSN = mx
-	}
-	waiting := opened && s.mu.cmds.len() > 0
-	s.mu.Unlock()
-	if waiting {
-		s.kick()
-	}
-}
-
-// find returns the task of a tag that is with the target.
-func (s *Session) find(itt uint32) *task {
-	slot := int(itt & 0xffff)
-	if slot >= len(s.slots) {
-		return nil
-	}
-	t := s.slots[slot]
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if t.mu.state != taskSent || t.mu.gen != uint16(itt>>16) {
-		return nil
-	}
-	return t
-}
-
-// stray notes a PDU for a task that is not in flight: an aborted one, as a rule.
-func (s *Session) stray(op iscsi.Opcode, itt uint32) {
-	s.cfg.Logger.Debug("pdu for no task", zap.String("iqn", s.target), zap.Stringer("pdu", op), zap.Uint32("itt", itt))
-}
-
-func (s *Session) pdu(h *iscsi.BHS) error {
-	switch op := h.Opcode(); op {
-	case iscsi.OpDataIn:
-		return s.dataIn(h)
-	case iscsi.OpScsiResponse:
-		return s.response(h)
-	case iscsi.OpR2T:
-		return s.r2t(h)
-	case iscsi.OpNopIn:
-		return s.nopIn(h)
-	case iscsi.OpTaskMgmtResp:
-		var p iscsi.TaskMgmtResponse
-		if err := p.Decode(h); err != nil {
-			return broke("%w", err)
-		}
-		if err := s.numbers(op, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, true); err != nil {
-			return err
-		}
-		s.answered(op, p.ITT, func(c *control) { c.resp = p.Response })
-		return nil
-	case iscsi.OpLogoutResp:
-		var p iscsi.LogoutResponse
-		if err := p.Decode(h); err != nil {
-			return broke("%w", err)
-		}
-		if err := s.numbers(op, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, true); err != nil {
-			return err
-		}
-		s.answered(op, p.ITT, func(c *control) {
-			if p.Response != iscsi.LogoutClosed {
-				c.err = fmt.Errorf("%w: logout: %s", ErrRejected, p.Response)
-			}
-		})
-		return nil
-	case iscsi.OpTextResp:
-		var p iscsi.TextResponse
-		if err := p.Decode(h); err != nil {
-			return broke("%w", err)
-		}
-		data, err := s.r.AppendData(nil)
-		if err != nil {
-			return err
-		}
-		if err := s.numbers(op, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, true); err != nil {
-			return err
-		}
-		s.answered(op, p.ITT, func(c *control) { c.text, c.data = p, data })
-		return nil
-	case iscsi.OpAsync:
-		return s.async(h)
-	case iscsi.OpReject:
-		return s.reject(h)
-	default:
-		return broke("%s from a target in full feature phase", op)
-	}
-}
-
-// answered hands an answer to the control request that waits for it.
-func (s *Session) answered(op iscsi.Opcode, itt uint32, set func(*control)) {
-	s.mu.Lock()
-	c := s.mu.ctl[itt]
-	delete(s.mu.ctl, itt)
-	if c != nil {
-		set(c)
-		if c.apply != nil {
-			c.apply()
-		}
-		close(c.done)
-	}
-	s.mu.Unlock()
-	if c == nil {
-		s.stray(op, itt)
-	}
-}
-
-func (s *Session) dataIn(h *iscsi.BHS) error {
-	var p iscsi.DataIn
-	if err := p.Decode(h); err != nil {
-		return broke("%w", err)
-	}
-	t := s.find(p.ITT)
-	if t == nil {
-		s.stray(iscsi.OpDataIn, p.ITT)
-		if err := s.r.DiscardData(); err != nil {
-			return err
-		}
-		return s.numbers(iscsi.OpDataIn, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, p.HasStatus)
-	}
-	n := s.r.DataLen()
-	switch {
-	case !t.cmd.Read:
-		return broke("Data-In for a command that reads nothing")
-	case p.DataSN != t.dataSN:
-		return broke("Data-In has DataSN %d, want %d", p.DataSN, t.dataSN)
-	case int64(p.Offset) != int64(t.got):
-		return broke("Data-In is for offset %d, want %d", p.Offset, t.got)
-	case n > len(t.in)-t.got:
-		return broke("Data-In of %d bytes at offset %d of %d", n, p.Offset, len(t.in))
-	}
-	if err := s.r.ReadData(t.in[t.got : t.got+n]); err != nil {
-		return err
-	}
-	t.got += n
-	t.dataSN++
-	if err := s.numbers(iscsi.OpDataIn, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, p.HasStatus); err != nil {
-		return err
-	}
-	if !p.HasStatus {
-		return nil
-	}
-	return s.complete(t, Result{Status: scsi.Status(p.Status), Residual: residual(p.Overflow, p.Underflow, p.Residual)})
-}
-
-func residual(over, under bool, n uint32) int64 {
-	switch {
-	case over:
-		return -int64(n)
-	case under:
-		return int64(n)
-	}
-	return 0
-}
-
-func (s *Session) response(h *iscsi.BHS) error {
-	var p iscsi.ScsiResponse
-	if err := p.Decode(h); err != nil {
-		return broke("%w", err)
-	}
-	var sense []byte
-	if s.r.DataLen() > 0 {
-		d, err := s.r.AppendData(nil)
-		if err != nil {
-			return err
-		}
-		if sense, _, err = iscsi.ParseSense(d); err != nil {
-			return broke("%w", err)
-		}
-	}
-	if err := s.numbers(iscsi.OpScsiResponse, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, true); err != nil {
-		return err
-	}
-	t := s.find(p.ITT)
-	if t == nil {
-		s.stray(iscsi.OpScsiResponse, p.ITT)
-		return nil
-	}
-	if p.Response != iscsi.ResponseCompleted {
-		s.mu.Lock()
-		t.mu.err = fmt.Errorf("target failure: iSCSI response %#02x", uint8(p.Response))
-		s.finishLocked(t)
-		s.mu.Unlock()
-		return nil
-	}
-	return s.complete(t, Result{Status: scsi.Status(p.Status), Sense: sense, Residual: residual(p.Overflow, p.Underflow, p.Residual)})
-}
-
-// complete ends a task with a status, after a look at whether the data moved agree
-// with the residual: a read that is shorter than it says would be stale memory taken
-// for data.
-func (s *Session) complete(t *task, r Result) error {
-	switch {
-	case t.cmd.Read:
-		r.N = t.got
-		want := int64(len(t.in))
-		if !t.cmd.Bidi && r.Residual > 0 {
-			want -= r.Residual
-		}
-		if r.Status == scsi.StatusGood && int64(t.got) != want && !t.cmd.Bidi {
-			return broke("command ended GOOD with %d of %d bytes read, residual %d", t.got, len(t.in), r.Residual)
-		}
-	case t.cmd.Write:
-		if r.Residual > int64(len(t.out)) {
-			return broke("residual %d of %d bytes", r.Residual, len(t.out))
-		}
-		r.N = len(t.out) - int(max(r.Residual, 0))
-	}
-	s.mu.Lock()
-	t.mu.res = r
-	s.finishLocked(t)
-	s.mu.Unlock()
-	return nil
-}
-
-func (s *Session) r2t(h *iscsi.BHS) error {
-	var p iscsi.R2T
-	if err := p.Decode(h); err != nil {
-		return broke("%w", err)
-	}
-	if err := s.numbers(iscsi.OpR2T, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, false); err != nil {
-		return err
-	}
-	t := s.find(p.ITT)
-	if t == nil {
-		s.stray(iscsi.OpR2T, p.ITT)
-		return nil
-	}
-	switch {
-	case !t.cmd.Write:
-		return broke("R2T for a command that writes nothing")
-	case p.R2TSN != t.r2tSN:
-		return broke("R2T has R2TSN %d, want %d", p.R2TSN, t.r2tSN)
-	case int64(p.Offset)+int64(p.Length) > int64(len(t.out)):
-		return broke("R2T for [%d,+%d) of %d bytes", p.Offset, p.Length, len(t.out))
-	case int64(p.Length) > int64(s.p.MaxBurstLength):
-		return broke("R2T for %d bytes, MaxBurstLength is %d", p.Length, s.p.MaxBurstLength)
-	}
-	t.r2tSN++
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if t.mu.r2ts++; t.mu.r2ts > s.p.MaxOutstandingR2T {
-		return broke("%d R2Ts outstanding, MaxOutstandingR2T is %d", t.mu.r2ts, s.p.MaxOutstandingR2T)
-	}
-	s.mu.urgent.push(work{t: t, gen: t.mu.gen, lun: p.LUN, ttt: p.TTT, off: int(p.Offset), n: int(p.Length)})
-	s.kick()
-	return nil
-}
-
-func (s *Session) nopIn(h *iscsi.BHS) error {
-	var p iscsi.NopIn
-	if err := p.Decode(h); err != nil {
-		return broke("%w", err)
-	}
-	data, err := s.r.AppendData(nil)
-	if err != nil {
-		return err
-	}
-	if err := s.numbers(iscsi.OpNopIn, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, p.ITT != iscsi.ReservedTag); err != nil {
-		return err
-	}
-	if p.ITT != iscsi.ReservedTag {
-		s.answered(iscsi.OpNopIn, p.ITT, func(c *control) { c.data = data })
-		return nil
-	}
-	if p.TTT == iscsi.ReservedTag {
-		return nil // numbers only
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	// A target has no right to many unanswered pings, and no memory of ours.
-	if s.mu.urgent.len() > 4*len(s.slots)+1024 {
-		return broke("flood of NOP-Ins")
-	}
-	s.mu.urgent.push(work{pdu: &iscsi.NopOut{Immediate: true, LUN: p.LUN, ITT: iscsi.ReservedTag, TTT: p.TTT}})
-	s.kick()
-	return nil
-}
-
-func (s *Session) async(h *iscsi.BHS) error {
-	var p iscsi.Async
-	if err := p.Decode(h); err != nil {
-		return broke("%w", err)
-	}
-	data, err := s.r.AppendData(nil)
-	if err != nil {
-		return err
-	}
-	if err := s.numbers(iscsi.OpAsync, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, true); err != nil {
-		return err
-	}
-	s.cfg.Logger.Info("asynchronous message", zap.String("iqn", s.target), zap.Stringer("event", p.Event), zap.Uint16("p1", p.Param1),
-		zap.Uint16("p2", p.Param2), zap.Uint16("p3", p.Param3))
-	var sense []byte
-	if p.Event == iscsi.AsyncSCSI {
-		if sense, _, err = iscsi.ParseSense(data); err != nil {
-			return broke("%w", err)
-		}
-	}
-	if s.cfg.OnAsync != nil {
-		s.cfg.OnAsync(p, sense)
-	}
-	switch p.Event {
-	case iscsi.AsyncLogoutRequest:
-		s.mu.Lock()
-		first := s.mu.closing == nil
-		if first {
-			s.mu.closing = fmt.Errorf("%w: target asked for logout", ErrClosed)
-		}
-		s.mu.Unlock()
-		if first {
-			s.side.Go(func() { s.leave(time.Duration(p.Param3) * time.Second) })
-		}
-	case iscsi.AsyncDropConnection, iscsi.AsyncDropSession:
-		return fmt.Errorf("%w: %s, reconnect after %d s", ErrDropped, p.Event, p.Param2)
-	case iscsi.AsyncRenegotiate:
-		s.mu.Lock()
-		s.controlLocked(&iscsi.TextRequest{Immediate: true, Final: true, TTT: iscsi.ReservedTag},
-			iscsi.AppendPair(nil, iscsi.KeyMaxRecvDataSegmentLength, fmt.Sprint(s.p.MaxRecv)), s.renegotiation())
-		s.mu.Unlock()
-	}
-	return nil
-}
-
-// renegotiation takes the answer to a text request that declares our
-// MaxRecvDataSegmentLength: the target may declare its own anew (§13.12).
-func (s *Session) renegotiation() *control {
-	c := &control{}
-	c.apply = func() {
-		pairs, err := iscsi.ParseText(c.data)
-		if err != nil {
-			return
-		}
-		for _, p := range pairs {
-			if p.Key != iscsi.KeyMaxRecvDataSegmentLength {
-				continue
-			}
-			if n, err := iscsi.ParseNumber(p.Value, 512, iscsi.MaxDataSegment); err == nil {
-				s.maxSend.Store(int32(n))
-			}
-		}
-	}
-	return c
-}
-
-// leave logs out as the target asked, when the commands in flight are done or, at the
-// latest, when its time is up.
-func (s *Session) leave(limit time.Duration) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	s.mu.Lock()
-	var drained chan struct{}
-	if s.mu.inFlight > 0 {
-		if s.mu.drained == nil {
-			s.mu.drained = make(chan struct{})
-		}
-		drained = s.mu.drained
-	}
-	s.mu.Unlock()
-	if drained != nil {
-		select {
-		case <-drained:
-		case <-s.dead:
-			return
-		case <-ctx.Done():
-		}
-	}
-	// A fresh limit: the answer may take its time, the request is in time.
-	out, done := context.WithTimeout(context.Background(), s.cfg.LogoutTimeout)
-	defer done()
-	_ = s.logout(out)
-	s.fail(fmt.Errorf("%w: target asked for logout", ErrClosed))
-}
-
-// reject handles a Reject: the header of what was refused is in the data segment.
-func (s *Session) reject(h *iscsi.BHS) error {
-	var p iscsi.Reject
-	if err := p.Decode(h); err != nil {
-		return broke("%w", err)
-	}
-	data, err := s.r.AppendData(nil)
-	if err != nil {
-		return err
-	}
-	if err := s.numbers(iscsi.OpReject, p.StatSN, p.ExpCmdSN, p.MaxCmdSN, true); err != nil {
-		return err
-	}
-	if len(data) < iscsi.BHSLen {
-		return fmt.Errorf("%w: %s, of an unknown PDU", ErrRejected, p.Reason)
-	}
-	bad := (*iscsi.BHS)(data)
-	why := fmt.Errorf("%w: %s: %s", ErrRejected, bad.Opcode(), p.Reason)
-	s.cfg.Logger.Warn("target rejected a pdu", zap.String("iqn", s.target), zap.Stringer("pdu", bad.Opcode()), zap.Stringer("reason", p.Reason))
-	switch bad.Opcode() {
-	case iscsi.OpScsiCommand:
-		t := s.find(bad.ITT())
-		if t == nil {
-			return nil
-		}
-		s.mu.Lock()
-		t.mu.err = why
-		s.finishLocked(t)
-		s.mu.Unlock()
-		return nil
-	case iscsi.OpNopOut, iscsi.OpTaskMgmtReq, iscsi.OpTextReq, iscsi.OpLogoutReq:
-		s.mu.Lock()
-		c := s.mu.ctl[bad.ITT()]
-		delete(s.mu.ctl, bad.ITT())
-		if c != nil {
-			c.err = why
-			close(c.done)
-		}
-		s.mu.Unlock()
-		return nil
-	}
-	return why // a Data-Out: its command cannot end any more
 }

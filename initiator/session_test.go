@@ -339,7 +339,7 @@ func TestCommandWindow(t *testing.T) {
 	}
 	wg.Go(run)
 	wg.Go(run)
-	sent := func() int { s.mu.Lock(); defer s.mu.Unlock(); return s.mu.inFlight - s.mu.cmds.len() }
+	sent := func() int { s.mu.Lock(); defer s.mu.Unlock(); return s.mu.inFlight - s.queuedLocked() }
 	for sent() < 2 {
 		time.Sleep(time.Millisecond)
 	}
@@ -351,7 +351,7 @@ func TestCommandWindow(t *testing.T) {
 	}()
 	for {
 		s.mu.Lock()
-		n := s.mu.cmds.len()
+		n := s.queuedLocked()
 		s.mu.Unlock()
 		if n == 1 {
 			break
@@ -400,7 +400,7 @@ func TestAbort(t *testing.T) {
 	}()
 	for sent := false; !sent; time.Sleep(time.Millisecond) {
 		s.mu.Lock()
-		sent = s.mu.inFlight == 1 && s.mu.cmds.len() == 0
+		sent = s.mu.inFlight == 1 && s.queuedLocked() == 0
 		s.mu.Unlock()
 	}
 	cancel()
@@ -441,7 +441,7 @@ func TestTaskManagement(t *testing.T) {
 	inFlight := func() {
 		for sent := false; !sent; time.Sleep(time.Millisecond) {
 			s.mu.Lock()
-			sent = s.mu.inFlight == 1 && s.mu.cmds.len() == 0
+			sent = s.mu.inFlight == 1 && s.queuedLocked() == 0
 			s.mu.Unlock()
 		}
 	}
@@ -634,7 +634,7 @@ func TestTextInFullFeaturePhase(t *testing.T) {
 	if e := [2]iscsi.AsyncEvent{<-events, <-events}; e != [2]iscsi.AsyncEvent{iscsi.AsyncSCSI, iscsi.AsyncRenegotiate} {
 		t.Errorf("events %v", e)
 	}
-	for s.maxSend.Load() != smaller {
+	for s.first().maxSend.Load() != smaller {
 		time.Sleep(time.Millisecond)
 	}
 	if r, err := s.Exec(t.Context(), 0, writeCDB, scsi.DirOut, make([]byte, 9000), nil); err != nil || r.Err() != nil {
@@ -1005,4 +1005,18 @@ func TestExecAllocs(t *testing.T) {
 	if n > 2 {
 		t.Errorf("%v allocations a command, 2 of them the peer's", n)
 	}
+}
+
+// queuedLocked is the number of commands that wait for the window.
+func (s *Session) queuedLocked() (n int) {
+	for _, l := range s.mu.links {
+		n += l.mu.cmds.len()
+	}
+	return n
+}
+
+func (s *Session) first() *link {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.mu.links[0]
 }

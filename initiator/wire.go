@@ -45,7 +45,7 @@ func dial(ctx context.Context, portal iscsi.Portal, target string, cfg *Config) 
 	ctx, cancel := context.WithTimeout(ctx, cfg.LoginTimeout)
 	defer cancel()
 	for hops := 0; ; hops++ {
-		w, err := dialOne(ctx, portal, target, cfg)
+		w, err := dialOne(ctx, portal, target, cfg, &join{cmdSN: 1})
 		if err == nil {
 			return w, portal, nil
 		}
@@ -73,13 +73,27 @@ func what(target string) string {
 	return target
 }
 
-func dialOne(ctx context.Context, portal iscsi.Portal, target string, cfg *Config) (*wire, error) {
+// join is what a login to an existing session says of it.
+type join struct {
+	tsih, cid uint16
+	cmdSN     iscsi.Serial
+	base      iscsi.Params
+}
+
+// dialJoin logs another connection of s in.
+func dialJoin(ctx context.Context, s *Session, cid uint16, cmdSN iscsi.Serial) (*wire, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.LoginTimeout)
+	defer cancel()
+	return dialOne(ctx, s.portal, s.target, &s.cfg, &join{tsih: s.tsih, cid: cid, cmdSN: cmdSN, base: s.p})
+}
+
+func dialOne(ctx context.Context, portal iscsi.Portal, target string, cfg *Config, j *join) (*wire, error) {
 	conn, err := cfg.Dial(ctx, "tcp", portal.HostPort())
 	if err != nil {
 		return nil, err
 	}
 	stop := await(ctx, conn)
-	w, err := login(conn, target, cfg)
+	w, err := login(conn, target, cfg, j)
 	if ok := stop(); err == nil && !ok {
 		err = context.Cause(ctx)
 	}
@@ -93,11 +107,12 @@ func dialOne(ctx context.Context, portal iscsi.Portal, target string, cfg *Confi
 	return w, nil
 }
 
-func login(conn net.Conn, target string, cfg *Config) (*wire, error) {
+func login(conn net.Conn, target string, cfg *Config, j *join) (*wire, error) {
 	w := &wire{conn: conn, r: iscsi.NewReader(bufio.NewReaderSize(conn, readBuffer), iscsi.DefaultMaxRecv),
-		w: iscsi.NewWriter(conn, iscsi.DefaultMaxRecv), cmdSN: 1}
+		w: iscsi.NewWriter(conn, iscsi.DefaultMaxRecv), cmdSN: j.cmdSN}
 	w.login = iscsi.NewInitiatorLogin(iscsi.InitiatorLoginConfig{InitiatorName: cfg.InitiatorName, InitiatorAlias: cfg.InitiatorAlias,
-		TargetName: target, Discovery: target == "", ISID: cfg.isid(target), CmdSN: w.cmdSN, CHAP: cfg.CHAP, Want: *cfg.Want, Rand: rand.Reader})
+		TargetName: target, Discovery: target == "", ISID: cfg.isid(target), CmdSN: w.cmdSN, TSIH: j.tsih, CID: j.cid, Base: j.base,
+		CHAP: cfg.CHAP, Want: *cfg.Want, Rand: rand.Reader})
 	req, data := w.login.Start()
 	for {
 		if err := w.w.Append(&req, data); err != nil {
