@@ -17,6 +17,7 @@ package api
 //	POST   /v1/volumes         VolumeCreate Volume   answered when the copy is made
 //	GET    /v1/volumes/{name}             Volume
 //	DELETE /v1/volumes/{name}             Done
+//	POST   /v1/volumes/{name}/scrub VolumeScrub Done
 //	GET    /v1/targets                    List[Target]
 //	POST   /v1/targets         TargetCreate Target
 //	GET    /v1/targets/{iqn}              Target

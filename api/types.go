@@ -122,9 +122,40 @@ type Volume struct {
 	ISR       []string `json:"isr" yaml:"isr"`
 	Replicas  []string `json:"replicas" yaml:"replicas"`
 	LUNs      []string `json:"luns" yaml:"luns"` // "iqn…/3"
-	// Store of the only copy, if it does not lie in its node's folder: "file:/path"
-	// or "block:/dev/x". It stays when the volume is deleted.
+	// Store of the only copy, if it does not lie in its node's folder: a URL
+	// (docs/stores.md). It stays when the volume is deleted.
 	Store string `json:"store,omitempty" yaml:"store,omitempty"`
+	// Integrity: a checksum of every 4 KiB is kept, and verified on read.
+	Integrity bool       `json:"integrity,omitempty" yaml:"integrity,omitempty"`
+	Checksums *Checksums `json:"checksums,omitempty" yaml:"checksums,omitempty"` // what they told, while the volume is open
+}
+
+// Checksums is what the checksums of the served copy told since it was opened.
+type Checksums struct {
+	Mismatches uint64  `json:"mismatches" yaml:"mismatches"`               // reads of a block that did not match
+	Damaged    int     `json:"damaged" yaml:"damaged"`                     // blocks of 4 KiB that do not match now
+	Offsets    []int64 `json:"offsets,omitempty" yaml:"offsets,omitempty"` // of the first of them, bytes
+	Adopted    uint64  `json:"adopted" yaml:"adopted"`                     // blocks in doubt after a crash that were taken as they are
+	Doubt      int     `json:"doubt" yaml:"doubt"`                         // regions of 4 MiB in doubt now
+	Scrub      *Scrub  `json:"scrub,omitempty" yaml:"scrub,omitempty"`     // the last one
+}
+
+// Scrub is a pass over a volume that verifies all of it.
+type Scrub struct {
+	State   string    `json:"state" yaml:"state"` // running done stopped failed
+	Began   time.Time `json:"began" yaml:"began"`
+	Ended   time.Time `json:"ended,omitzero" yaml:"ended,omitempty"`
+	Done    int64     `json:"done" yaml:"done"` // bytes
+	Size    int64     `json:"size" yaml:"size"`
+	Damaged uint64    `json:"damaged" yaml:"damaged"` // blocks of 4 KiB
+	Rate    int64     `json:"rate" yaml:"rate"`       // bytes a second at most, 0 = no limit
+	Error   string    `json:"error,omitempty" yaml:"error,omitempty"`
+}
+
+// VolumeScrub starts a scrub, or with Stop ends it.
+type VolumeScrub struct {
+	Rate int64 `json:"rate"` // bytes a second at most, 0 = no limit
+	Stop bool  `json:"stop,omitempty"`
 }
 
 // VolumeCreate asks for a volume. RequestID makes a repeated request harmless.
@@ -136,9 +167,10 @@ type VolumeCreate struct {
 	Node        string `json:"node"`       // where the (first) copy lies; empty = chosen
 	RequestID   string `json:"request_id"`
 	IfNotExists bool   `json:"if_not_exists"`
-	// Store is an existing file or device of Node, whose size is taken; with it an
-	// empty Node is the one that is asked.
-	Store string `json:"store,omitempty"`
+	// Store is a URL (docs/stores.md): an existing file, device or export, whose
+	// size is taken; with it an empty Node is the one that is asked.
+	Store     string `json:"store,omitempty"`
+	Integrity bool   `json:"integrity,omitempty"` // keep checksums
 }
 
 // Target is an iSCSI target.
@@ -202,9 +234,10 @@ type LUNCreate struct {
 	ReadOnly    bool   `json:"read_only"`
 	RequestID   string `json:"request_id"`
 	IfNotExists bool   `json:"if_not_exists"`
-	// Store is an existing file or device of Node (VolumeCreate.Store): create the
-	// volume on it, with its size.
-	Store string `json:"store,omitempty"`
+	// Store is where a new volume lies (VolumeCreate.Store): create it on that, with
+	// its size.
+	Store     string `json:"store,omitempty"`
+	Integrity bool   `json:"integrity,omitempty"` // of a new volume
 }
 
 // LUNSet changes a LUN; nil leaves as it is.

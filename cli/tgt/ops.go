@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/block/storeurl"
 )
 
 func path(parts ...string) string {
@@ -223,9 +224,9 @@ func storeOf(b string) (string, error) {
 	}
 	switch m := st.Mode(); {
 	case m.IsRegular():
-		return "file:" + abs, nil
+		return storeurl.ForPath(storeurl.File, abs), nil
 	case m&os.ModeDevice != 0 && m&os.ModeCharDevice == 0:
-		return "block:" + abs, nil
+		return storeurl.ForPath(storeurl.Block, abs), nil
 	}
 	return "", invalid("backing store %s: it is neither a file nor a block device", b)
 }

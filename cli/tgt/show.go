@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/blockhouse-san/blockhouse/api"
+	"github.com/blockhouse-san/blockhouse/block/storeurl"
 )
 
 func yes(b bool) string {
@@ -28,9 +29,9 @@ func thin(v *api.Volume) bool { return v != nil && !strings.HasPrefix(v.Store, "
 
 // backing is what -b must be to get the same LUN again.
 func backing(v *api.Volume, name string) string {
-	if v != nil {
-		if _, p, ok := strings.Cut(v.Store, ":"); ok {
-			return p
+	if v != nil && v.Store != "" {
+		if u, err := storeurl.Parse(v.Store); err == nil && (u.Scheme == storeurl.File || u.Scheme == storeurl.Block) {
+			return u.Path
 		}
 	}
 	return "volume:" + name

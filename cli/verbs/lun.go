@@ -58,16 +58,19 @@ func (a *app) lunCmd() *cobra.Command {
 		sz  sizeFlag
 		req api.LUNCreate
 	)
-	create := a.verb("create VOLUME", "give a volume a number under a target; with --size make the volume too", func(ctx context.Context, args []string) error {
+	create := a.verb("create VOLUME", "give a volume a number under a target; with --size or --store make the volume too", func(ctx context.Context, args []string) error {
 		switch {
 		case req.Target == "":
 			return usagef("clusteradm target list", "lun create: --target is missing")
 		case req.LUN < -1 || req.LUN > 16383:
 			return usagef("", "lun create: --lun %d: a LUN is 0 to 16383", req.LUN)
-		case sz == 0 && req.Node != "":
-			return usagef("", "lun create: --node says where a new volume lies; without --size no volume is made")
+		case sz == 0 && req.Store == "" && (req.Node != "" || req.Integrity):
+			return usagef("", "lun create: --node and --integrity are of a new volume; without --size or --store none is made")
 		case req.Replicas < 1:
 			return usagef("", "lun create: --replicas %d: at least one copy", req.Replicas)
+		}
+		if err := storeSize("lun create", args[0], req.Store, int64(sz), false); err != nil {
+			return err
 		}
 		if err := checkBlockSize("lun create", req.BlockSize); err != nil {
 			return err
@@ -79,7 +82,7 @@ func (a *app) lunCmd() *cobra.Command {
 		}
 		return printOne(a, l, lunView())
 	})
-	create.Long = `Give a volume a LUN under a target. With --size the volume is made in the same step.
+	create.Long = `Give a volume a LUN under a target. With --size or --store the volume is made in the same step.
 
 Sizes: ` + size.Help + `.`
 	create.Example = "  clusteradm lun create v1 --target iqn.2026-11.example:disks --size 64M"
@@ -89,6 +92,8 @@ Sizes: ` + size.Help + `.`
 	f.IntVar(&req.BlockSize, "block-size", 512, "logical block of a new volume: 512 or 4096")
 	f.IntVar(&req.Replicas, "replicas", 1, "copies of a new volume")
 	f.StringVar(&req.Node, "node", "", "node of a new volume's first copy (default: chosen)")
+	f.StringVar(&req.Store, "store", "", "of a new volume: "+storeHelp)
+	f.BoolVar(&req.Integrity, "integrity", false, "of a new volume: keep a checksum of every 4 KiB and verify it on read")
 	f.IntVar(&req.LUN, "lun", -1, "the number (default: next free)")
 	f.BoolVar(&req.ReadOnly, "read-only", false, "initiators may not write")
 	f.BoolVar(&req.IfNotExists, "if-not-exists", false, "succeed if the same LUN is there already")

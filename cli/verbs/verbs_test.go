@@ -290,7 +290,7 @@ func TestUsage(t *testing.T) {
 		"volume create v1 --size 1M --replicas 0":      "at least one copy",
 		"lun create v1":                                "--target is missing",
 		"lun create v1 --target t --lun 16384":         "0 to 16383",
-		"lun create v1 --target t --node n3":           "without --size no volume is made",
+		"lun create v1 --target t --node n3":           "without --size or --store none is made",
 		"lun delete t --yes":                           "not IQN/NUMBER",
 		"lun delete t/x --yes":                         "not IQN/NUMBER",
 		"acl add t":                                    "write IQN and at least one",

@@ -6,17 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
-	"github.com/blockhouse-san/blockhouse/block/file"
 	"github.com/blockhouse-san/blockhouse/internal/seal"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/machines"
@@ -30,6 +27,7 @@ const (
 	pathSealingKey = "/v1/cluster/sealing-key"
 	pathStoreProbe = "/v1/cluster/store-probe"
 	pathKill       = "/v1/cluster/kill"
+	pathScrub      = "/v1/cluster/scrub"
 )
 
 // accountRoutes are the handlers of accounts, target parameters and sessions.
@@ -42,6 +40,7 @@ func (m *member) accountRoutes(mux *http.ServeMux) {
 		"POST " + api.PathTargets + "/{iqn}":            m.targetSet,
 		"POST " + api.PathLUNs + "/{iqn}/{n}":           m.lunSet,
 		"DELETE " + api.PathSessions + "/{node}/{tsih}": m.sessionKill,
+		"POST " + api.PathVolumes + "/{name}/scrub":     m.volumeScrub,
 	} {
 		mux.Handle(pattern, m.onLeader(false, h))
 	}
@@ -49,6 +48,7 @@ func (m *member) accountRoutes(mux *http.ServeMux) {
 	mux.Handle("POST "+pathSealingKey, handler(m.sealingKeyHandler))
 	mux.Handle("POST "+pathStoreProbe, handler(m.storeProbeHandler))
 	mux.Handle("POST "+pathKill, handler(m.killHandler))
+	mux.Handle("POST "+pathScrub, handler(m.scrubHandler))
 }
 
 func accountsOf(s *storage.State) []api.Account {
@@ -446,98 +446,4 @@ func (m *member) keepKey(ctx context.Context) {
 			return
 		}
 	}
-}
-
-// Stores: files and devices that a user names.
-
-type storeProbe struct {
-	Store     string `json:"store"`
-	BlockSize int    `json:"block_size"`
-}
-
-type storeProbed struct {
-	Size int64 `json:"size"`
-}
-
-// probe opens the store as the worker will, to see that it can and how large it is.
-func probe(q storeProbe) (storeProbed, error) {
-	kind, path, err := storage.ParseStore(q.Store)
-	if err != nil || kind == "" {
-		return storeProbed{}, api.Errorf(api.CodeUsage, "", "%v", errors.Join(err, errors.New("write file:/path or block:/dev/name")))
-	}
-	st, err := os.Stat(path)
-	switch {
-	case err != nil:
-		return storeProbed{}, api.Errorf(api.CodeUsage, "", "open store: %v", err)
-	case kind == "block" && st.Mode()&os.ModeDevice == 0:
-		return storeProbed{}, api.Errorf(api.CodeUsage, "", "open store %s: it is no block device; for a file write file:%s", path, path)
-	case kind == "file" && !st.Mode().IsRegular():
-		return storeProbed{}, api.Errorf(api.CodeUsage, "", "open store %s: it is no regular file; for a device write block:%s", path, path)
-	}
-	f, err := file.Open(path, file.Options{BlockSize: q.BlockSize, Cache: file.Buffered})
-	if err != nil {
-		code := api.CodeUsage
-		if errors.Is(err, file.ErrInUse) {
-			code = api.CodeConflict
-		}
-		return storeProbed{}, api.Errorf(code, "", "%v", err)
-	}
-	return storeProbed{f.Info().Size}, f.Close()
-}
-
-func (m *member) storeProbeHandler(r *http.Request) (any, error) {
-	if err := fromNode(r); err != nil {
-		return nil, err
-	}
-	q, err := decode[storeProbe](r)
-	if err != nil {
-		return nil, err
-	}
-	return probe(q)
-}
-
-// probeStore completes a request for a volume on a store: the node is the one
-// that the user asked, and the size is the store's.
-func (m *member) probeStore(r *http.Request, store string, node *string, size *int64, blockSize int) error {
-	if store == "" {
-		return nil
-	}
-	if *node == "" {
-		if *node = r.Header.Get(hdrForwarded); *node == "" {
-			*node = m.identity().Node
-		}
-	}
-	q := storeProbe{store, blockSize}
-	var got storeProbed
-	var err error
-	if *node == m.identity().Node {
-		got, err = probe(q)
-	} else {
-		var p peer
-		if p, err = m.peer(*node); err == nil {
-			got, err = api.Post[storeProbed](r.Context(), m.client(p), pathStoreProbe, q)
-		}
-	}
-	if err != nil {
-		return err
-	}
-	if *size != 0 && *size != got.Size {
-		return api.Errorf(api.CodeUsage, "leave the size out: it is the store's", "%s has %d bytes, not %d", store, got.Size, *size)
-	}
-	*size = got.Size
-	return nil
-}
-
-// storeFailed says why the node of a new volume cannot serve it; empty while that
-// may still come.
-func (m *member) storeFailed(v *storage.Volume) string {
-	if v.Store == "" {
-		return ""
-	}
-	for _, r := range m.table.leases()[v.Config.Primary].Volumes {
-		if r.UUID == v.Config.UUID && r.State == "error" {
-			return strings.TrimPrefix(r.Error, "open store ")
-		}
-	}
-	return ""
 }

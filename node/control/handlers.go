@@ -318,14 +318,14 @@ func (m *member) volumeCreate(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := m.probeStore(r, q.Store, &q.Node, &q.Size, q.BlockSize); err != nil {
+	if err := m.probeStore(r, newStore{q.Name, &q.Store, &q.Node, &q.Size, q.BlockSize, &q.Integrity}); err != nil {
 		return nil, err
 	}
 	nv, err := m.newVolume(q.Name, q.Size, q.BlockSize, q.Replicas, q.Node)
 	if err != nil {
 		return nil, err
 	}
-	nv.Store = q.Store
+	nv.Store, nv.Integrity = q.Store, q.Integrity
 	if q.RequestID == "" {
 		q.RequestID = uuid.NewString()
 	}
@@ -347,6 +347,10 @@ func (m *member) volumeCreate(r *http.Request) (any, error) {
 // asked for.
 func (m *member) existingVolume(ctx context.Context, name string, nv storage.NewVolume) (api.Volume, error) {
 	v, err := findVolume(m.status(ctx), name)
+	if err == nil && (v.Integrity != nv.Integrity || v.Store != nv.Store) {
+		return v, api.Errorf(api.CodeConflict, "clusteradm volume show "+name,
+			"volume %s exists, on another store or with another choice of checksums", name)
+	}
 	if err == nil && (v.Size != nv.Config.Size || v.BlockSize != nv.Config.BlockSize) {
 		return v, api.Errorf(api.CodeConflict, "clusteradm volume show "+name,
 			"volume %s exists with %d bytes in blocks of %d", name, v.Size, v.BlockSize)
@@ -531,7 +535,7 @@ func (m *member) lunCreate(r *http.Request) (any, error) {
 		}
 		return nil, api.Errorf(api.CodeNotFound, "clusteradm lun list", "LUN %d was removed meanwhile", n)
 	}
-	if err := m.probeStore(r, q.Store, &q.Node, &q.Size, q.BlockSize); err != nil {
+	if err := m.probeStore(r, newStore{q.Volume, &q.Store, &q.Node, &q.Size, q.BlockSize, &q.Integrity}); err != nil {
 		return nil, err
 	}
 	if q.Size > 0 {
@@ -539,7 +543,7 @@ func (m *member) lunCreate(r *http.Request) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		nv.Store = q.Store
+		nv.Store, nv.Integrity = q.Store, q.Integrity
 		res, err := m.apply(r.Context(), storage.LunCreateVolume{Request: q.RequestID, Volume: nv, Target: iqn, Number: q.LUN, ReadOnly: q.ReadOnly})
 		if q.IfNotExists && errors.Is(err, fsm.ErrExists) {
 			v, err := m.existingVolume(r.Context(), q.Volume, nv)

@@ -40,12 +40,15 @@ func newLeaderTable(cfg detect.Config, clock env.Clock) *leaderTable {
 	return &leaderTable{clock: clock, t: detect.New(cfg), last: map[string]renew{}}
 }
 
-// heard notes a renewal that is being granted.
-func (t *leaderTable) heard(r renew) {
+// heard notes a renewal that is being granted. It returns what was said of the
+// copies of volumes before.
+func (t *leaderTable) heard(r renew) (before []volumeReport) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.t.Heard(r.Node, r.Incarnation, t.clock.Now())
+	before = t.last[r.Node].Volumes
 	t.last[r.Node] = r
+	return before
 }
 
 func (t *leaderTable) lead() {

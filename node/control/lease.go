@@ -42,9 +42,10 @@ type renew struct {
 
 // volumeReport is what a storage worker says of one local copy.
 type volumeReport struct {
-	UUID  string `json:"uuid"`
-	State string `json:"state"` // serving, standby, missing, error
-	Error string `json:"error,omitempty"`
+	UUID   string        `json:"uuid"`
+	State  string        `json:"state"` // serving, standby, missing, error, opening, failed
+	Error  string        `json:"error,omitempty"`
+	Checks *checksReport `json:"checks,omitempty"`
 }
 
 // grant gives a lease: its end is the send time of renewal Seq + TTL.

@@ -119,7 +119,7 @@ func openMember(d *Daemon, id identity) (_ *member, err error) {
 	times := d.cfg.Times()
 	m.table = newLeaderTable(detect.Default(times.TTL), d.clock)
 	m.granter = &granter{ttl: times.TTL, clock: d.clock, log: m.log, verify: m.raft.VerifyLeader, leader: m.leaderPeer,
-		member: m.record, heard: m.table.heard, queue: make(chan waiting, 256)}
+		member: m.record, heard: func(r renew) { m.tellChecks(r.Node, m.table.heard(r), r.Volumes) }, queue: make(chan waiting, 256)}
 	m.workers = newWorkers(link.ControlHello{Incarnation: d.incarnation, Node: id.Node, Cluster: id.UUID, PID: os.Getpid()},
 		d.cfg.RunDir, d.clock, m.log)
 	m.workers.command = d.workerCommand

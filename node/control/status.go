@@ -162,11 +162,16 @@ func volumesOf(p picture) []api.Volume {
 	for _, v := range p.Storage.ListVolumes() {
 		a := api.Volume{Name: v.Name, UUID: v.Config.UUID, Size: v.Config.Size, BlockSize: v.Config.BlockSize,
 			State: string(v.State), Epoch: v.Config.Epoch, Primary: v.Config.Primary,
-			ISR: append([]string{}, v.Config.ISR...), Replicas: v.Config.Members(), LUNs: []string{}, Store: v.Store}
+			ISR: append([]string{}, v.Config.ISR...), Replicas: v.Config.Members(), LUNs: []string{}, Store: v.Store, Integrity: v.Integrity}
 		for _, l := range p.Storage.LUNsOf(v.Config.UUID) {
 			a.LUNs = append(a.LUNs, fmt.Sprintf("%s/%d", l.Target, l.Number))
 		}
 		a.Health, a.Cause = volumeHealth(p, &v)
+		for _, r := range p.Leases[v.Config.Primary].Volumes {
+			if r.UUID == v.Config.UUID {
+				a.Checksums = r.Checks.api()
+			}
+		}
 		out = append(out, a)
 	}
 	return out
@@ -208,6 +213,9 @@ func volumeHealth(p picture, v *storage.Volume) (api.Health, string) {
 		}
 		if r.State != "serving" {
 			return api.HealthFaulted, v.Config.Primary + " says: " + strings.TrimSuffix(r.State+": "+r.Error, ": ")
+		}
+		if c := r.Checks; c != nil && c.BadUnits > 0 {
+			return api.HealthFaulted, fmt.Sprintf("%d blocks of 4 KiB do not match their checksums; run clusteradm volume show %s", c.BadUnits, v.Name)
 		}
 		if len(v.Config.ISR) == 1 {
 			return api.HealthDegraded, "not redundant: one copy"

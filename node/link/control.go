@@ -81,6 +81,9 @@ func (c *Control) Shutdown() error { return c.conn.Send(TShutdown, struct{}{}) }
 // Kill asks the storage worker to end a session.
 func (c *Control) Kill(k Kill) error { return c.conn.Send(TKill, k) }
 
+// Scrub asks the storage worker to verify a volume.
+func (c *Control) Scrub(s Scrub) error { return c.conn.Send(TScrub, s) }
+
 // Close ends the connection; the worker goes on.
 func (c *Control) Close() error { return c.conn.Close() }
 

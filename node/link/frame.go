@@ -28,6 +28,7 @@ const (
 	TReply    Type = "reply"
 	TShutdown Type = "shutdown"
 	TKill     Type = "kill"
+	TScrub    Type = "scrub"
 	TStatus   Type = "status" // asks for one report, without a hello: for status commands and tests
 	TStats    Type = "stats"  // asks for numbers, without a hello; answered with the same type
 	TEvents   Type = "events" // asks for events, without a hello; answered with the same type

@@ -59,6 +59,13 @@ type Kill struct {
 	TSIH uint16 `json:"tsih"`
 }
 
+// Scrub asks the storage worker to verify its copy of a volume, or to stop that.
+type Scrub struct {
+	UUID string `json:"uuid"`
+	Rate int64  `json:"rate"` // bytes a second, 0 = no limit
+	Stop bool   `json:"stop,omitempty"`
+}
+
 // Lease says until when this node is a member, on CLOCK_BOOTTIME of this kernel.
 // Its stamp is the leader's; its Index is the minimum that the state must have
 // reached before a gate opens.

@@ -35,6 +35,9 @@ type Answerer interface {
 	Answer(t Type, body func(any) error) (any, error)
 }
 
+// Scrubber is a Handler that has volumes to verify. OnScrub must not block.
+type Scrubber interface{ OnScrub(Scrub) }
+
 // Server is the worker's end. It outlives every control.
 type Server struct {
 	hello WorkerHello
@@ -244,6 +247,14 @@ func (s *Server) obey(me uint64, t Type, body func(any) error) error {
 		}
 		if h, ok := s.h.(Killer); ok {
 			h.OnKill(k)
+		}
+	case TScrub:
+		var k Scrub
+		if err := body(&k); err != nil {
+			return err
+		}
+		if h, ok := s.h.(Scrubber); ok {
+			h.OnScrub(k)
 		}
 	default:
 		return fmt.Errorf("unknown frame %q: control is newer than this worker", t)

@@ -4,15 +4,11 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"go.uber.org/zap"
 
-	"github.com/blockhouse-san/blockhouse/block/file"
 	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 	"github.com/blockhouse-san/blockhouse/target"
 )
@@ -100,31 +96,4 @@ func secretsOf(c *target.Config) string {
 		add(&c.Targets[i].Auth)
 	}
 	return hex.EncodeToString(h.Sum(nil))
-}
-
-// openGiven opens the store that a user named. It must exist: a path that is
-// missing is a disk that is not plugged in, or a file system that is not mounted.
-func (w *worker) openGiven(v *fsmstorage.Volume) (*file.File, error) {
-	kind, path, err := fsmstorage.ParseStore(v.Store)
-	if err != nil {
-		return nil, err
-	}
-	if rel, err := filepath.Rel(w.cfg.VolumeDir(), path); err == nil && filepath.IsLocal(rel) {
-		return nil, fmt.Errorf("open store %s: it lies in the folder of our own volumes", path)
-	}
-	st, err := os.Stat(path)
-	if err != nil {
-		return nil, fmt.Errorf("open store: %w", err)
-	}
-	if dev := st.Mode()&os.ModeDevice != 0; dev != (kind == "block") {
-		return nil, fmt.Errorf("open store %s: it is no longer what it was when the volume was made", v.Store)
-	}
-	f, err := file.Open(path, w.fileOptions(v.Config.BlockSize))
-	if err != nil {
-		return nil, err
-	}
-	if got := f.Info().Size; got != v.Config.Size {
-		return nil, errors.Join(fmt.Errorf("the store %s has %d bytes, the volume has %d", path, got, v.Config.Size), f.Close())
-	}
-	return f, nil
 }

@@ -133,18 +133,18 @@ func TestOpenGiven(t *testing.T) {
 	vol := func(store string, size int64) *fsmstorage.Volume {
 		return &fsmstorage.Volume{Name: "v", State: fsmstorage.Creating, Store: store, Config: replica.Config{UUID: "u", Size: size, BlockSize: 512}}
 	}
-	f, err := w.openStore(vol("file:"+img, 1<<20))
+	f, err := w.openStore(t.Context(), vol("file:"+img, 1<<20))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for store, want := range map[string]string{
 		"file:" + img:               "in use",
 		"file:" + dir + "/none.img": "no such file",
-		"block:" + img:              "no longer what it was",
+		"block:" + img:              "it is no block device",
 		"file:" + ours:              "folder of our own volumes",
-		"file:" + dir:               "is a directory",
+		"file:" + dir:               "no regular file",
 	} {
-		if _, err := w.openStore(vol(store, 1<<20)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := w.openStore(t.Context(), vol(store, 1<<20)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", store, err, want)
 		}
 	}
@@ -154,7 +154,7 @@ func TestOpenGiven(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.openStore(vol("file:"+img, 2<<20)); err == nil || !strings.Contains(err.Error(), "has 1048576 bytes") {
+	if _, err := w.openStore(t.Context(), vol("file:"+img, 2<<20)); err == nil || !strings.Contains(err.Error(), "has 1048576 bytes") {
 		t.Error(err)
 	}
 }

@@ -61,7 +61,7 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	if err != nil {
 		text = err.Error()
 	}
-	changed := !slices.Equal(reps, w.mu.vols) || w.mu.err != text || w.mu.applied != want.stamp.Index && err == nil
+	changed := !slices.EqualFunc(reps, w.mu.vols, sameReport) || w.mu.err != text || w.mu.applied != want.stamp.Index && err == nil
 	if err == nil {
 		w.mu.applied = want.stamp.Index
 	}

@@ -2,66 +2,16 @@ package storage
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/google/uuid"
 	"go.uber.org/zap"
 
-	"github.com/blockhouse-san/blockhouse/block/file"
+	"github.com/blockhouse-san/blockhouse/block"
 	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 )
-
-// storePath is where the bytes of a volume lie.
-func (w *worker) storePath(uuid string) string {
-	return filepath.Join(w.cfg.VolumeDir(), uuid+".img")
-}
-
-func (w *worker) fileOptions(blockSize int) file.Options {
-	o := file.Options{BlockSize: blockSize, Logger: w.log}
-	switch w.cfg.Storage.Cache {
-	case "sync":
-		o.Cache = file.Sync
-	case "buffered":
-		o.Cache = file.Buffered
-	}
-	return o
-}
-
-// openStore makes the store of a volume that is being created, and opens one
-// that exists. A store that is missing is never made anew once the volume was
-// ready: an empty disk in place of somebody's data is the worst answer.
-func (w *worker) openStore(v *fsmstorage.Volume) (*file.File, error) {
-	if v.Store != "" {
-		return w.openGiven(v)
-	}
-	path := w.storePath(v.Config.UUID)
-	f, err := file.Open(path, w.fileOptions(v.Config.BlockSize))
-	if errors.Is(err, fs.ErrNotExist) {
-		if v.State != fsmstorage.Creating {
-			return nil, fmt.Errorf("the store %s is missing; bring it back from where it went", path)
-		}
-		f, err = file.Create(path, v.Config.Size, w.fileOptions(v.Config.BlockSize))
-	}
-	if err != nil {
-		return nil, err
-	}
-	if got := f.Info().Size; got != v.Config.Size && v.State == fsmstorage.Creating {
-		// Its making was cut short, and nobody has written to it yet.
-		if err := errors.Join(f.Close(), os.Remove(path)); err != nil {
-			return nil, fmt.Errorf("make the store %s anew: %w", path, err)
-		}
-		return file.Create(path, v.Config.Size, w.fileOptions(v.Config.BlockSize))
-	} else if got != v.Config.Size {
-		return nil, errors.Join(fmt.Errorf("the store %s has %d bytes, the volume has %d", path, got, v.Config.Size), f.Close())
-	}
-	return f, nil
-}
 
 func (w *worker) close(v *volume) {
 	if v.dev == nil {
@@ -86,11 +36,7 @@ func (w *worker) syncVolumes(ctx context.Context, want *desired) (reset []string
 			w.vols[id] = v
 		}
 		if v.dev == nil && rec.State != fsmstorage.Removing {
-			dev, err := w.openStore(rec)
-			if err != nil && (v.err == nil || v.err.Error() != err.Error()) {
-				w.log.Error("volume cannot be served", zap.String("volume", rec.Name), zap.Error(err))
-			}
-			v.dev, v.err = dev, err
+			w.openVolume(ctx, v, rec)
 		}
 		w.act(ctx, want, v, rec)
 		v.serving = v.dev != nil && rec.State == fsmstorage.Ready && rec.Config.Primary == want.node && v.acted == rec.Config.Epoch
@@ -180,6 +126,14 @@ func (w *worker) dropVolumes(want *desired) {
 		if rec := want.storage.Volumes[id]; rec != nil && slices.Contains(rec.Config.Members(), want.node) {
 			continue
 		}
+		if v.opening != nil {
+			select {
+			case o := <-v.opening:
+				v.dev, v.opening = o.dev, nil
+			default:
+				continue // it comes to its end, and then this does
+			}
+		}
 		w.close(v)
 		delete(w.vols, id)
 	}
@@ -187,12 +141,7 @@ func (w *worker) dropVolumes(want *desired) {
 		if !slices.Contains(g.Members, want.node) || w.erased[id] {
 			continue
 		}
-		err := os.Remove(w.storePath(id))
-		if err == nil {
-			err = file.SyncDir(w.cfg.VolumeDir())
-			w.log.Info("erased the store of a removed volume", zap.String("volume", g.Name), zap.String("uuid", id))
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := w.eraseStore(id); err != nil {
 			w.log.Error("cannot erase the store of a removed volume", zap.String("volume", g.Name), zap.Error(err))
 			continue
 		}
@@ -216,6 +165,12 @@ func (w *worker) reports(want *desired) []volumeReport {
 			r.State = "serving"
 		case rec.Config.Primary == want.node:
 			r.State = "opening"
+		}
+		if v.dev != nil {
+			if err := block.Failed(v.dev); err != nil {
+				r.State, r.Error = "failed", err.Error()
+			}
+			r.Checks = checksOf(v.dev)
 		}
 		out = append(out, r)
 	}

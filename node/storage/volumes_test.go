@@ -31,7 +31,7 @@ func record(id string, st fsmstorage.VolumeState, size int64) *fsmstorage.Volume
 
 func TestAMissingStoreIsNeverMadeAnew(t *testing.T) {
 	w := testWorker(t)
-	if _, err := w.openStore(record("u", fsmstorage.Ready, 1<<20)); err == nil || !strings.Contains(err.Error(), "missing") {
+	if _, err := w.openStore(t.Context(), record("u", fsmstorage.Ready, 1<<20)); err == nil || !strings.Contains(err.Error(), "missing") {
 		t.Fatalf("opened a store that is not there: %v", err)
 	}
 	if _, err := os.Stat(w.storePath("u")); !os.IsNotExist(err) {
@@ -44,10 +44,10 @@ func TestAnUnfinishedStoreIsMadeAnewOnlyWhileCreating(t *testing.T) {
 	if err := os.WriteFile(w.storePath("u"), []byte(strings.Repeat("x", 512)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.openStore(record("u", fsmstorage.Ready, 1<<20)); err == nil || !strings.Contains(err.Error(), "512 bytes") {
+	if _, err := w.openStore(t.Context(), record("u", fsmstorage.Ready, 1<<20)); err == nil || !strings.Contains(err.Error(), "512 bytes") {
 		t.Fatalf("opened a store of another size: %v", err)
 	}
-	f, err := w.openStore(record("u", fsmstorage.Creating, 1<<20))
+	f, err := w.openStore(t.Context(), record("u", fsmstorage.Creating, 1<<20))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func TestAnUnfinishedStoreIsMadeAnewOnlyWhileCreating(t *testing.T) {
 		t.Fatalf("size %d", f.Info().Size)
 	}
 	// Held by one process: a second worker cannot serve it.
-	if _, err := w.openStore(record("u", fsmstorage.Ready, 1<<20)); err == nil {
+	if _, err := w.openStore(t.Context(), record("u", fsmstorage.Ready, 1<<20)); err == nil {
 		t.Fatal("opened twice")
 	}
 	if err := f.Close(); err != nil {

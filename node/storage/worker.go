@@ -22,7 +22,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/api"
-	"github.com/blockhouse-san/blockhouse/block/file"
+	"github.com/blockhouse-san/blockhouse/block"
 	"github.com/blockhouse-san/blockhouse/config"
 	"github.com/blockhouse-san/blockhouse/internal/env"
 	"github.com/blockhouse-san/blockhouse/internal/sched"
@@ -81,7 +81,7 @@ type desired struct {
 // volume is a local copy.
 type volume struct {
 	uuid string
-	dev  *file.File // nil: not open
+	dev  block.Device // nil: not open
 	gate *VolumeGate
 	err  error // why it cannot be served
 	// acted is the epoch that this process may act under: it made the store, or
@@ -90,7 +90,9 @@ type volume struct {
 	acted uint64
 	// cas is the request id of our raise of the epoch, once asked for.
 	cas     string
-	asking  string // kind and epoch of the request under way
+	opening chan opened // an opening under way beside the loop
+	retryAt env.Boot    // of the next one
+	asking  string      // kind and epoch of the request under way
 	serving bool
 }
 
@@ -118,6 +120,7 @@ type worker struct {
 		err      string   // of the target's configuration
 		stateErr string   // of control's state
 		again    []string // requests that were refused: volume uuids
+		scrub    []link.Scrub
 		kill     []uint16 // sessions to end, by TSIH
 		reapply  bool     // the target holds cuts that the configuration does not name
 	}
@@ -148,9 +151,10 @@ func (w *worker) OnKill(k link.Kill) {
 
 // volumeReport is what control is told of a local copy.
 type volumeReport struct {
-	UUID  string `json:"uuid"`
-	State string `json:"state"` // serving, standby, missing, error, opening
-	Error string `json:"error,omitempty"`
+	UUID   string        `json:"uuid"`
+	State  string        `json:"state"` // serving, standby, missing, error, opening, failed
+	Error  string        `json:"error,omitempty"`
+	Checks *checksReport `json:"checks,omitempty"` // of its checksums
 }
 
 // detail is link.Report.Detail of this worker.
@@ -232,6 +236,9 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 	w.link = l
 	defer func() {
 		for _, v := range w.vols {
+			if v.opening != nil { // it has ended: the wait below came first
+				v.dev = (<-v.opening).dev
+			}
 			w.close(v)
 		}
 	}()
@@ -253,6 +260,8 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 		w.mu.reset = false
 		kill := w.mu.kill
 		w.mu.kill = nil
+		scrub := w.mu.scrub
+		w.mu.scrub = nil
 		want := w.mu.want
 		w.mu.Unlock()
 		if w.gate.Tick() {
@@ -268,6 +277,7 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 			w.log.Info("ended sessions as control asked", zap.Uint16s("tsih", kill), zap.Int("sessions", n))
 			l.Changed()
 		}
+		w.scrubs(scrub)
 		if want != nil {
 			w.reconcile(ctx, want, state)
 		}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/blockhouse-san/blockhouse/block/storeurl"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 )
 
@@ -146,20 +147,32 @@ func (c *TargetSet) Validate() error {
 	return nil
 }
 
-// ParseStore splits the store of a volume: "file:/path" or "block:/dev/x". Empty
-// is the node's own folder, and no path.
-func ParseStore(s string) (kind, path string, err error) {
-	if s == "" {
-		return "", "", nil
+// VolumeOn is the volume whose bytes a store on node would be: under whatever
+// options and wrappers, and on whatever node if the name means the same on all.
+// nil if there is none.
+func (s *State) VolumeOn(store, node string) *Volume {
+	key, shared := keyOf(store)
+	if key == "" {
+		return nil
 	}
-	kind, path, ok := strings.Cut(s, ":")
-	switch {
-	case !ok || kind != "file" && kind != "block":
-		return "", "", fmt.Errorf("store %q: write file:/path or block:/dev/name", s)
-	case !strings.HasPrefix(path, "/") || len(path) < 2 || len(path) > 4095 || strings.ContainsRune(path, 0):
-		return "", "", fmt.Errorf("store %q: an absolute path is needed", s)
+	for _, v := range s.ListVolumes() {
+		k, _ := keyOf(v.Store)
+		if k == key && (shared || slices.Contains(v.Config.Members(), node)) {
+			return &v
+		}
 	}
-	return kind, path, nil
+	return nil
+}
+
+func keyOf(store string) (string, bool) {
+	if store == "" {
+		return "", false
+	}
+	u, err := storeurl.Parse(store)
+	if err != nil {
+		return "", false // validated when it was made
+	}
+	return u.Key()
 }
 
 func (m *Machine) account(op, name string) (*Account, error) {

@@ -229,7 +229,29 @@ func TestStores(t *testing.T) {
 	if v := r.m.State().VolumeByName("v4"); v.Store != "block:/dev/sda5" {
 		t.Fatalf("%+v", v)
 	}
-	for _, bad := range []string{"/srv/a.img", "file:", "file:a", "nbd:/x", "file:/a\x00b", "file:" + "/" + strings.Repeat("x", 4096)} {
+	for n, same := range []string{"file:/srv/a.img?cache=sync", "file:/srv//x/../a.img", "block:/dev/sda5", "powercut:file:/srv/a.img"} {
+		want := map[string]string{"block:/dev/sda5": "volume v4"}[same]
+		if want == "" {
+			want = "volume v1"
+		}
+		r.refused(&VolumeCreate{Request: "s" + same, Volume: volumeAt(t, "same", byte(20+n), same)}, fsm.ErrConflict, want)
+	}
+	// An export is one store for all nodes, memory is nobody's.
+	r.ok(&VolumeCreate{Request: "5", Volume: volumeAt(t, "v5", 5, "nbd://h:10809/x")})
+	r.refused(&VolumeCreate{Request: "6", Volume: volumeAt(t, "v6", 6, "nbd://h:10809/x?reconnect=5s", "n2")}, fsm.ErrConflict, "volume v5")
+	r.ok(&VolumeCreate{Request: "7", Volume: volumeAt(t, "v7", 7, "mem:")})
+	with := volumeAt(t, "v8", 8, "mem:")
+	r.ok(&VolumeCreate{Request: "8", Volume: with})
+	if with.Integrity = true; with.Validate() == nil {
+		t.Error("checksums in memory")
+	}
+	with = volumeAt(t, "v10", 10, "")
+	with.Integrity = true
+	r.ok(&VolumeCreate{Request: "10", Volume: with})
+	if !r.m.State().VolumeByName("v10").Integrity {
+		t.Error("integrity is not recorded")
+	}
+	for _, bad := range []string{"/srv/a.img", "file:", "file:a", "nbd:/x", "nbd://H/x", "file:/a?integrity=on", "file:/a?cache=none", "file:/a\x00b", "file:" + "/" + strings.Repeat("x", 4096)} {
 		v := volumeAt(t, "v9", 9, bad)
 		if v.Validate() == nil {
 			t.Errorf("%q: accepted", bad)

@@ -11,6 +11,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/blockhouse-san/blockhouse/block/replica"
+	"github.com/blockhouse-san/blockhouse/block/storeurl"
 	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/membership/fsm"
 	"github.com/blockhouse-san/blockhouse/scsi"
@@ -45,8 +46,10 @@ type NewVolume struct {
 	Config   replica.Config `json:"config"`
 	Identity Identity       `json:"identity"`
 	// Store is where the bytes of the only copy lie, if not in its node's own
-	// folder: "file:/path" or "block:/dev/x" (ParseStore).
+	// folder: a URL in its one form (block/storeurl).
 	Store string `json:"store,omitempty"`
+	// Integrity asks for a checksum of every 4 KiB (block/integrity).
+	Integrity bool `json:"integrity,omitempty"`
 }
 
 // VolumeCreate records a volume in state creating. Every member of its ISR must
@@ -342,8 +345,16 @@ func (v *NewVolume) Validate() error {
 	if v.Config.Epoch != 1 || len(v.Config.Others) != 0 || v.Config.Lineage == "" {
 		return fmt.Errorf("volume %s: a new one has epoch 1, a lineage and only in-sync members", v.Name)
 	}
-	if _, _, err := ParseStore(v.Store); err != nil {
-		return fmt.Errorf("volume %s: %w", v.Name, err)
+	if v.Store != "" {
+		u, err := storeurl.Parse(v.Store)
+		switch {
+		case err != nil:
+			return fmt.Errorf("volume %s: %w", v.Name, err)
+		case u.String() != v.Store || u.WantsIntegrity() != "":
+			return fmt.Errorf("volume %s: store %q is not in its one form, %q", v.Name, v.Store, u)
+		case !u.OwnSize() && v.Integrity:
+			return fmt.Errorf("volume %s: checksums of a store in memory protect nothing", v.Name)
+		}
 	}
 	if v.Store != "" && len(v.Config.ISR) != 1 {
 		return fmt.Errorf("volume %s: the store %s is on one node, the volume has %d copies", v.Name, v.Store, len(v.Config.ISR))

@@ -168,10 +168,9 @@ func (m *Machine) checkNew(n *NewVolume) error {
 			return &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: n.Name, Why: "its identity is taken", Next: "try again"}
 		}
 	}
-	for _, v := range m.s.ListVolumes() {
-		if n.Store != "" && v.Store == n.Store && v.Config.Primary == n.Config.Primary {
-			return &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: n.Name, Why: n.Store + " on " + v.Config.Primary + " is the store of volume " + v.Name}
-		}
+	if v := m.s.VolumeOn(n.Store, n.Config.Primary); v != nil {
+		return &fsm.Error{Kind: fsm.KindConflict, Op: op, Object: n.Name, Why: n.Store + " on " + v.Config.Primary + " is the store of volume " + v.Name,
+			Next: "run clusteradm volume show " + v.Name}
 	}
 	for _, node := range n.Config.ISR {
 		if !m.members.IsStorage(node) {
@@ -184,7 +183,7 @@ func (m *Machine) checkNew(n *NewVolume) error {
 func (m *Machine) put(index uint64, request string, n *NewVolume) *Volume {
 	v := &Volume{
 		Name: n.Name, State: Creating, Identity: n.Identity, Config: cloneConfig(n.Config),
-		Created: index, Changed: index, Request: request, Store: n.Store,
+		Created: index, Changed: index, Request: request, Store: n.Store, Integrity: n.Integrity,
 	}
 	m.s.Volumes[v.Config.UUID] = v
 	return v

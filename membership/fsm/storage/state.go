@@ -39,6 +39,8 @@ type Volume struct {
 	Request  string         `json:"request"`         // of its creation
 	LastCAS  string         `json:"last_cas"`        // request id of the last change of Config
 	Store    string         `json:"store,omitempty"` // of the only copy (NewVolume.Store); never erased by us
+	// Integrity: its copies keep checksums (NewVolume.Integrity).
+	Integrity bool `json:"integrity,omitempty"`
 }
 
 // Clone is a deep copy.
