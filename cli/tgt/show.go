@@ -1,6 +1,7 @@
 package tgt
 
 import (
+	"fmt"
 	"net"
 	"slices"
 	"strings"
@@ -84,7 +85,14 @@ func (s *session) showTarget(t *api.Target, sess []api.Session) {
 	}
 	s.printf("    I_T nexus information:\n")
 	for _, x := range sess {
-		s.printf("        I_T nexus: %d\n            Initiator: %s alias: none\n            Connection: 0\n                IP Address: %s\n", s.sid(&x), x.Initiator, host(x.Address))
+		alias := x.Alias
+		if alias == "" {
+			alias = "none"
+		}
+		s.printf("        I_T nexus: %d\n            Initiator: %s alias: %s\n", s.sid(&x), x.Initiator, alias)
+		for c := range max(x.Connections, 1) { // of one address: the API names it once
+			s.printf("            Connection: %d\n                IP Address: %s\n", c, host(x.Address))
+		}
 	}
 	s.printf("    LUN information:\n")
 	if findLUN(t, 0) == nil {
@@ -243,7 +251,8 @@ const (
 	connHead = "sid cid rxdata_octets txdata_octets dataout_pdus datain_pdus cmd_pdus rsp_pdus\n"
 )
 
-// stat prints the header and, of what is not counted in tgtd's units, a dash.
+// stat prints what each LUN did, over all nodes. tgtd has a row for each session and
+// LUN; here the sessions' numbers are apart (session stat), and sid is a dash.
 func (s *session) stat(r *request) error {
 	iqn := ""
 	if r.tid >= 0 {
@@ -256,25 +265,41 @@ func (s *session) stat(r *request) error {
 		}
 		iqn = t.IQN
 	}
-	l, err := s.sessions(iqn)
+	st, err := api.Get[api.Stats](s.ctx, s.cl, api.PathStats)
 	if err != nil {
-		return err
+		return refusal(err, nil)
 	}
 	s.printf(statHead)
-	for i := range l {
-		if r.mode != "logicalunit" {
-			s.statRow(&l[i])
+	for i := range s.st.Targets {
+		t := &s.st.Targets[i]
+		for _, l := range t.LUNs {
+			if iqn != "" && t.IQN != iqn || r.mode == "logicalunit" && l.LUN != r.lun {
+				continue
+			}
+			var sum api.IOStats
+			var errs uint64
+			used := false
+			for _, n := range st.Nodes {
+				for k := range n.LUNs {
+					if x := &n.LUNs[k]; x.Target == t.IQN && x.LUN == l.LUN && x.Sessions > 0 {
+						used = true
+						sum.Reads, sum.ReadBytes = sum.Reads+x.Reads, sum.ReadBytes+x.ReadBytes
+						sum.Writes, sum.WriteBytes = sum.Writes+x.Writes, sum.WriteBytes+x.WriteBytes
+						errs += x.Failed()
+					}
+				}
+			}
+			if used { // as tgtd: without a session there is no row
+				s.statRow(t.TID, fmt.Sprint(l.LUN), "-", &sum, errs)
+			}
 		}
 	}
 	return nil
 }
 
-func (s *session) statRow(x *api.Session) {
-	for _, t := range s.st.Targets {
-		if t.IQN == x.Target {
-			s.printf("%3d %3s %3d %12s %6s %12d %6s %12s %6s %12d %6s %4s\n", t.TID, "-", s.sid(x), "-", "-", x.ReadBytes, "-", "-", "-", x.WriteBytes, "-", "-")
-		}
-	}
+// statRow: what was submitted and is not done is not told apart.
+func (s *session) statRow(tid int, lun, sid string, x *api.IOStats, errs uint64) {
+	s.printf("%3d %3s %3s %12d %6d %12d %6d %12d %6d %12d %6d %4d\n", tid, lun, sid, x.ReadBytes, x.Reads, x.ReadBytes, x.Reads, x.WriteBytes, x.Writes, x.WriteBytes, x.Writes, errs)
 }
 
 // connRow counts no PDUs but commands; tgtd prints 0 there.
@@ -289,7 +314,15 @@ func (s *session) sessionStat(r *request) error {
 		return err
 	}
 	s.printf(statHead)
-	s.statRow(x)
+	for _, t := range s.st.Targets {
+		if t.IQN == x.Target {
+			io := x.IO
+			if io == nil { // its node could not be asked
+				io = &api.IOStats{ReadBytes: x.ReadBytes, WriteBytes: x.WriteBytes}
+			}
+			s.statRow(t.TID, "-", fmt.Sprint(s.sid(x)), io, io.Failed())
+		}
+	}
 	s.printf("\n")
 	s.connRow(x)
 	return nil

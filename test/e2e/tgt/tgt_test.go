@@ -53,6 +53,12 @@ func (s *side) login(t *testing.T, words []string) {
 		t.Fatalf("login at %s: %v", s.portal, err)
 	}
 	s.open = d
+	// A session of LUN 1 with something to count.
+	if dev, err := d.OpenLUN(ctx, 1); err != nil {
+		t.Fatalf("open LUN 1 at %s: %v", s.portal, err)
+	} else if err := dev.ReadAt(ctx, make([]byte, 4096), 0); err != nil {
+		t.Fatalf("read LUN 1 at %s: %v", s.portal, err)
+	}
 	s.shown(t, true)
 }
 
