@@ -2,6 +2,9 @@ package api
 
 import (
 	"fmt"
+	"net"
+	"net/netip"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -46,11 +49,65 @@ var TargetParams = []TargetParam{
 	{Name: "MaxQueueCmd", Default: "128", Min: 1, Max: 512},
 }
 
+// Parameters of a target that send initiators to another portal when they log in
+// (RFC 7143 11.13.5), by tgtadm's names. RedirectAddress alone is enough: the port
+// is 3260 without RedirectPort, and the reason Temporary. A login at the very
+// portal that they name is taken.
+const (
+	RedirectAddress = "RedirectAddress"
+	RedirectPort    = "RedirectPort"
+	RedirectReason  = "RedirectReason" // Temporary, Permanent
+)
+
+// RedirectOf is where parameters send initiators, as HOST:PORT, and whether they
+// should remember it; empty: nowhere.
+func RedirectOf(params map[string]string) (portal string, permanent bool) {
+	a := params[RedirectAddress]
+	if a == "" {
+		return "", false
+	}
+	port := params[RedirectPort]
+	if port == "" {
+		port = "3260"
+	}
+	return net.JoinHostPort(a, port), params[RedirectReason] == "Permanent"
+}
+
+// checkRedirect is CheckTargetParam for those; ok tells whether name is one.
+func checkRedirect(name, value string) (ok bool, err error) {
+	switch {
+	case name != RedirectAddress && name != RedirectPort && name != RedirectReason:
+		return false, nil
+	case value == "":
+	case name == RedirectReason && value != "Temporary" && value != "Permanent":
+		return true, fmt.Errorf("%s=%s: Temporary or Permanent is possible", name, value)
+	case name == RedirectPort:
+		if n, err := strconv.ParseUint(value, 10, 16); err != nil || n == 0 {
+			return true, fmt.Errorf("%s=%s: 1 to 65535 are possible", name, value)
+		}
+	case name == RedirectAddress:
+		ip, err := netip.ParseAddr(value)
+		switch {
+		case err == nil && (ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != ""):
+			return true, fmt.Errorf("%s=%s: no initiator can connect to that", name, value)
+		case err != nil && !dnsName.MatchString(value):
+			return true, fmt.Errorf("%s=%s: an address, or a host name that initiators can resolve; the port is %s", name, value, RedirectPort)
+		}
+	}
+	return true, nil
+}
+
+// dnsName is a host name (RFC 1123 2.1) that is not made of digits alone.
+var dnsName = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`)
+
 var yesNo = []string{"Yes", "No"}
 
 // CheckTargetParam says what is wrong with a parameter; an empty value is the
 // default and always right.
 func CheckTargetParam(name, value string) error {
+	if ok, err := checkRedirect(name, value); ok {
+		return err
+	}
 	i := slices.IndexFunc(TargetParams, func(p TargetParam) bool { return p.Name == name })
 	if i < 0 {
 		return fmt.Errorf("unknown parameter %q", name)

@@ -163,7 +163,8 @@ type Target struct {
 	MaxSend, QueueDepth     int
 	NopInterval, NopTimeout time.Duration
 	// Redirect sends initiators to another portal, HOST:PORT[,TAG], before they
-	// authenticate; RedirectForever says that they should remember it.
+	// authenticate; RedirectForever says that they should remember it. At the portal
+	// that it names, by address, logins are taken.
 	Redirect        string
 	RedirectForever bool
 }

@@ -1,6 +1,7 @@
 package target
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"sync"
@@ -151,4 +152,25 @@ func TestPortHolderAddress(t *testing.T) {
 	if _, ok := procAddr("0100007F"); ok {
 		t.Error("an address without a port")
 	}
+}
+
+// TestRedirectIsNoLoop: both kinds, and no loop at the portal that is named.
+func TestRedirectIsNoLoop(t *testing.T) {
+	t.Parallel()
+	var log eventLog
+	b := newBench(t, Options{OnEvent: log.add}, lunOf(t, 0))
+	for forever, want := range map[bool]iscsi.LoginStatus{false: iscsi.StatusMovedTemporarily, true: iscsi.StatusMovedPermanently} {
+		b.conf.Targets[0].Redirect, b.conf.Targets[0].RedirectForever = "192.0.2.1:3260", forever
+		b.apply()
+		c := dial(t, b.addr())
+		if st := c.tryLogin(loginOpt{}); st != want || !strings.Contains(fmt.Sprint(c.keys), "192.0.2.1:3260") {
+			t.Errorf("%s with %v, want %s", st, c.keys, want)
+		}
+	}
+	if e := log.of(EventRefused); len(e) != 0 {
+		t.Errorf("a redirection is told as a failure: %+v", e)
+	}
+	b.conf.Targets[0].Redirect = b.addr()
+	b.apply()
+	b.login(loginOpt{})
 }

@@ -576,7 +576,7 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 	if t.Offline {
 		return no(iscsi.StatusServiceUnavailable)
 	}
-	if t.Redirect != "" {
+	if t.Redirect != "" && !t.redirectsTo(c.local) {
 		st := iscsi.StatusMovedTemporarily
 		if t.RedirectForever {
 			st = iscsi.StatusMovedPermanently
@@ -610,6 +610,17 @@ func (s *Server) admit(c *conn, id *iscsi.LoginIdentity) iscsi.Admission {
 		a.Base = join.params
 	}
 	return a
+}
+
+// redirectsTo tells whether a connection is where Redirect sends initiators: to send
+// it there again would be a loop.
+func (t *Target) redirectsTo(local netip.AddrPort) bool {
+	p, err := iscsi.ParsePortal(t.Redirect)
+	if err != nil || p.Port != local.Port() {
+		return false
+	}
+	a, err := netip.ParseAddr(p.Host)
+	return err == nil && a.Unmap() == local.Addr()
 }
 
 // reachable tells whether the connection came through a portal of the target.

@@ -135,8 +135,13 @@ func (s *session) targetUpdate(r *request) error {
 		}
 		off := value == "offline"
 		q.Offline = &off
-	case "RedirectAddress", "RedirectPort", "RedirectReason", "RedirectCallback":
-		return invalid("%s: where initiators are sent follows from where the volumes are; it is not set by hand", name)
+	case "RedirectCallback":
+		return invalid("%s: no program is run for a login; use RedirectAddress, RedirectPort and RedirectReason", name)
+	case api.RedirectAddress, api.RedirectPort, api.RedirectReason: // empty takes it back
+		if err := api.CheckTargetParam(name, value); err != nil {
+			return invalid("%w", err)
+		}
+		q.Params = map[string]string{name: value}
 	default:
 		if value == "" {
 			return invalid("--value is missing")

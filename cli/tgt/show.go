@@ -44,6 +44,19 @@ func (s *session) targetShow(r *request) error {
 		if err != nil {
 			return err
 		}
+		// The real one shows nothing else of a target that sends its initiators away.
+		if portal, forever := api.RedirectOf(t.Params); portal != "" {
+			reason := "Temporary"
+			if forever {
+				reason = "Permanent"
+			}
+			host, port, err := net.SplitHostPort(portal)
+			if err != nil {
+				return err
+			}
+			s.printf("RedirectAddress=%s\nRedirectPort=%s\nRedirectReason=%s\n", host, port, reason)
+			return nil
+		}
 		for _, p := range api.TargetParams {
 			v, ok := t.Params[p.Name]
 			if !ok {

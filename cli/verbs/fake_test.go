@@ -225,6 +225,7 @@ func sample() map[string]any {
 		"DELETE /v1/volumes/v1":                      done,
 		"GET /v1/targets":                            listOf(sampleTarget),
 		"POST /v1/targets":                           sampleTarget,
+		"POST /v1/targets/" + iqnPath:                sampleTarget,
 		"GET /v1/targets/" + iqnPath:                 sampleTarget,
 		"DELETE /v1/targets/" + iqnPath:              done,
 		"DELETE /v1/targets/" + iqnPath + "?force=1": done,

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/target"
 )
 
@@ -16,6 +17,7 @@ func applyParams(t *target.Target, params map[string]string) error {
 	if len(params) == 0 {
 		return nil
 	}
+	t.Redirect, t.RedirectForever = api.RedirectOf(params)
 	w := target.DefaultWant()
 	nums := map[string]*int{
 		"MaxRecvDataSegmentLength": &w.MaxRecv, "MaxOutstandingR2T": &w.MaxOutstandingR2T, "FirstBurstLength": &w.FirstBurstLength,

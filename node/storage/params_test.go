@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"net/netip"
 	"testing"
 	"time"
 
@@ -25,6 +26,24 @@ func TestApplyParams(t *testing.T) {
 	if w.MaxBurstLength != 65536 || w.FirstBurstLength != 65536 || len(w.HeaderDigests) != 1 || !w.InitialR2T || w.MaxRecv != 8192 || ct.MaxSend != 4096 ||
 		ct.QueueDepth != 16 || ct.NopInterval != 5*time.Second || ct.NopTimeout != 15*time.Second || w.ErrorRecoveryLevel != target.DefaultWant().ErrorRecoveryLevel {
 		t.Errorf("%+v", ct)
+	}
+	for _, c := range []struct{ addr, port, reason, want string }{
+		{"192.0.2.1", "", "", "192.0.2.1:3260"}, {"2001:db8::1", "3261", "Permanent", "[2001:db8::1]:3261"}, {"san.example", "", "Temporary", "san.example:3260"}, {"", "3261", "Permanent", ""},
+	} {
+		params := map[string]string{api.RedirectAddress: c.addr, api.RedirectPort: c.port, api.RedirectReason: c.reason}
+		for k, v := range params {
+			if err := api.CheckTargetParam(k, v); err != nil {
+				t.Error(err)
+			}
+		}
+		conf := target.Config{Targets: []target.Target{{IQN: "iqn.2026-01.x:a", TPGT: 1, RelPort: 1, Portals: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:0")}}}}
+		r := &conf.Targets[0]
+		if err := applyParams(r, params); err != nil || r.Redirect != c.want || r.RedirectForever != (c.want != "" && c.reason == "Permanent") {
+			t.Errorf("%+v: %q %v, %v", c, r.Redirect, r.RedirectForever, err)
+		}
+		if err := conf.Validate(); err != nil {
+			t.Error(err)
+		}
 	}
 	for _, p := range api.TargetParams {
 		values := p.Values

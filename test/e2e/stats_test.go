@@ -149,6 +149,38 @@ func TestObserved(t *testing.T) {
 		t.Error("a session that has ended is in /metrics")
 	}
 
+	// Who comes to n1 is sent to n3, where it is taken.
+	to := map[string]string{api.RedirectAddress: n3.IP}
+	if _, err := api.Post[api.Target](ctx, n2.API(), api.PathTargets+"/"+l.Target, api.TargetSet{Params: to}); err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range []*cluster.Node{n1, n3} {
+		s, err := initiator.Login(ctx, at.IP+":3260", l.Target, initiator.Config{InitiatorName: name})
+		if err != nil {
+			t.Fatalf("at %s: %v", at.Name, err)
+		}
+		if p := s.Portal(); p.Host != n3.IP {
+			t.Errorf("who came to %s is at %v", at.Name, p)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	to[api.RedirectAddress] = ""
+	if _, err := api.Post[api.Target](ctx, n2.API(), api.PathTargets+"/"+l.Target, api.TargetSet{Params: to}); err != nil {
+		t.Fatal(err)
+	}
+	back, err := initiator.Login(ctx, n1.IP+":3260", l.Target, initiator.Config{InitiatorName: name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := back.Portal(); p.Host != n1.IP {
+		t.Errorf("without redirection it is at %v", p)
+	}
+	if err := back.Close(); err != nil {
+		t.Error(err)
+	}
+
 	// A failed authentication is told with address and name; a flood of them is not.
 	const secret = "twelve-bytes+"
 	if _, err := api.Post[api.Account](ctx, n1.API(), api.PathAccounts, api.AccountCreate{Name: "christina", Secret: secret}); err != nil {
@@ -176,6 +208,6 @@ func TestObserved(t *testing.T) {
 	n3.Start()
 	c.Wait("the events are still there", 30*time.Second, func() (bool, string) {
 		es := eventsOf(t, n3, "session.login")
-		return len(es) == 1, cluster.JSON(es)
+		return len(es) == 3, cluster.JSON(es)
 	})
 }
