@@ -77,6 +77,9 @@ func NewKey() ([]byte, error) {
 	return k, nil
 }
 
+// Inner is the store of ciphertext (block.Wrapper).
+func (d *Device) Inner() block.Device { return d.inner }
+
 // Info is the inner store's.
 func (d *Device) Info() block.Info { return d.inner.Info() }
 

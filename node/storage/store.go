@@ -238,7 +238,7 @@ func (w *worker) scrubs(asked []link.Scrub) {
 		v := w.vols[s.UUID]
 		var d *integrity.Device
 		if v != nil {
-			d, _ = v.dev.(*integrity.Device)
+			d = sumsOf(v.dev)
 		}
 		switch {
 		case d == nil:
@@ -255,6 +255,20 @@ func (w *worker) scrubs(asked []link.Scrub) {
 	}
 }
 
+// sumsOf finds the checksums among what is stacked on a store.
+func sumsOf(d block.Device) *integrity.Device {
+	for {
+		switch x := d.(type) {
+		case *integrity.Device:
+			return x
+		case block.Wrapper:
+			d = x.Inner()
+		default:
+			return nil
+		}
+	}
+}
+
 // checksReport is what control is told of the checksums of a copy. It is coarse,
 // so that it does not change with each command.
 type checksReport struct {
@@ -262,8 +276,8 @@ type checksReport struct {
 }
 
 func checksOf(d block.Device) *checksReport {
-	i, ok := d.(*integrity.Device)
-	if !ok {
+	i := sumsOf(d)
+	if i == nil {
 		return nil
 	}
 	r := checksReport{i.Stats()}
