@@ -1,7 +1,6 @@
 package initiator
 
 import (
-	"bufio"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -13,8 +12,6 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/iscsi"
 )
-
-const readBuffer = 64 << 10
 
 // wire is a connection with its codec, as login and discovery use it: one request,
 // one response.
@@ -108,7 +105,7 @@ func dialOne(ctx context.Context, portal iscsi.Portal, target string, cfg *Confi
 }
 
 func login(conn net.Conn, target string, cfg *Config, j *join) (*wire, error) {
-	w := &wire{conn: conn, r: iscsi.NewReader(bufio.NewReaderSize(conn, readBuffer), iscsi.DefaultMaxRecv),
+	w := &wire{conn: conn, r: iscsi.NewReader(iscsi.NewBuffer(conn), iscsi.DefaultMaxRecv),
 		w: iscsi.NewWriter(conn, iscsi.DefaultMaxRecv), cmdSN: j.cmdSN}
 	w.login = iscsi.NewInitiatorLogin(iscsi.InitiatorLoginConfig{InitiatorName: cfg.InitiatorName, InitiatorAlias: cfg.InitiatorAlias,
 		TargetName: target, Discovery: target == "", ISID: cfg.isid(target), CmdSN: w.cmdSN, TSIH: j.tsih, CID: j.cid, Base: j.base,

@@ -1,7 +1,6 @@
 package target
 
 import (
-	"bufio"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -29,7 +28,7 @@ type conn struct {
 	srv           *Server
 	nc            net.Conn
 	remote, local netip.AddrPort
-	src           *bufio.Reader
+	src           *iscsi.Buffer
 	r             *iscsi.Reader
 	s             *session // set at login, before full feature phase
 	log           *zap.Logger
@@ -71,6 +70,9 @@ type conn struct {
 	waiting atomic.Int32 // len(acks.list)
 	acked   atomic.Uint32
 
+	// tasks are what is left of the last piece of memory for tasks; of the reader.
+	tasks []task
+
 	// role passes the reader's role on, see inline.
 	role struct {
 		sync.Mutex
@@ -101,7 +103,7 @@ const maxPending = 16 << 20
 func newConn(srv *Server, nc net.Conn) *conn {
 	c := &conn{
 		srv: srv, nc: nc, closed: make(chan struct{}), wake: make(chan struct{}, 1),
-		src: bufio.NewReaderSize(nc, 64<<10), tombs: map[uint32]struct{}{},
+		src: iscsi.NewBuffer(nc), tombs: map[uint32]struct{}{},
 	}
 	c.text.ttt = iscsi.ReservedTag
 	c.remote, c.local = addrPort(nc.RemoteAddr()), addrPort(nc.LocalAddr())
@@ -292,15 +294,16 @@ func (c *conn) step() error {
 // judge turns a protocol error into a Reject where the stream can be followed,
 // and leaves every other error as the end of the connection.
 func (c *conn) judge(b *iscsi.BHS, err error) error {
-	var pe *iscsi.ProtocolError
-	if err != nil {
-		c.s.countProtocol(err)
+	if err == nil {
+		return nil
 	}
+	var pe *iscsi.ProtocolError // on the heap
+	c.s.countProtocol(err)
 	if c.dataLost(err) && b != nil { // it was read to its end, and its CmdSN is not used up
 		c.reject(b, iscsi.RejectDataDigest)
 		return nil
 	}
-	if err == nil || !errors.As(err, &pe) || pe.Fatal || b == nil {
+	if !errors.As(err, &pe) || pe.Fatal || b == nil {
 		return err
 	}
 	h := *b // reading on overwrites it

@@ -65,6 +65,7 @@ type task struct {
 	recoveries int
 	verdict    *outcome
 
+	x      exec // of run
 	lock   rangeLock
 	locked bool
 	pooled bool // runs on a worker of the pool
@@ -130,7 +131,8 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	case !p.Final && s.params.InitialR2T:
 		return perr("unsolicited data were negotiated off")
 	}
-	t := &task{
+	t := c.newTask()
+	*t = task{
 		s: s, c: c, itt: p.ITT, immediate: p.Immediate, final: p.Final, read: p.Read, write: p.Write, edtl: p.EDTL, wireLUN: p.LUN,
 		since: c.lastRead.Load(),
 	}
@@ -173,6 +175,18 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 		return c.inline(run)
 	}
 	return nil
+}
+
+// newTask returns a zero task. Tasks are allocated by the dozen and left to the
+// collector: who may still look at one that has ended (a reader in its data, an abort)
+// would make reuse a risk.
+func (c *conn) newTask() *task {
+	if len(c.tasks) == 0 {
+		c.tasks = make([]task, 16)
+	}
+	t := &c.tasks[0]
+	c.tasks = c.tasks[1:]
+	return t
 }
 
 // prepare finds the logical unit and decodes the CDB: what does not depend on
@@ -560,7 +574,8 @@ func (t *task) run(ctx context.Context) {
 	}
 	t.state = stateRun
 	s.mu.Unlock()
-	x := &exec{task: t, ctx: ctx}
+	t.x = exec{task: t, ctx: ctx}
+	x := &t.x
 	if t.lu == nil {
 		t.respond(x.outcome(t.h.run(x)))
 		return

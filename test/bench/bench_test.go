@@ -55,7 +55,7 @@ func TestSmoke(t *testing.T) {
 		rows[s.Server]++
 		cpu += s.mid().CPU // a short run may be below the clock's tick, all of them are not
 	}
-	if rows[srvDefault] != 4 || rows[srvTuned] != 4 || rows[srvOurs] != 4 || cpu <= 0 {
+	if rows[srvDefault] != 4 || rows[srvTuned] != 4 || rows[srvOurs] != 4 || rows[srvIntegrity] != 2 || cpu <= 0 {
 		t.Errorf("rows %v, cpu %v", rows, cpu)
 	}
 	page, err := os.ReadFile(out)

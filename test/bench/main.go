@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime/pprof"
 	"slices"
 	"strconv"
 	"strings"
@@ -72,6 +73,7 @@ type options struct {
 	pprof      string
 	profile    string
 	perf       bool
+	client     string
 }
 
 func run(args, self []string, w io.Writer) error {
@@ -88,12 +90,13 @@ func run(args, self []string, w io.Writer) error {
 	fl.StringVar(&o.json, "json", "", "write every run to this file")
 	fl.StringVar(&o.pprof, "pprof", "", "address of net/http/pprof of our target")
 	fl.StringVar(&o.profile, "profile", "", "folder for a CPU profile of our target per row")
+	fl.StringVar(&o.client, "client-profile", "", "file for a CPU profile of the load generator")
 	fl.BoolVar(&o.sessions, "sessions", true, "also with four sessions")
 	fl.BoolVar(&o.digests, "digests", true, "also with digests")
 	fl.BoolVar(&o.perf, "iscsi-perf", true, "cross-check with libiscsi's iscsi-perf")
 	size := fl.Int64("size", 256, "backing files in MiB")
 	rows := fl.String("rows", "", "only rows that match this regular expression")
-	servers := fl.String("servers", "default,tuned,ours", "what to measure: default, tuned, ours, integrity")
+	servers := fl.String("servers", "default,tuned,ours,integrity", "what to measure")
 	if err := fl.Parse(args); err != nil {
 		return err
 	}
@@ -114,6 +117,17 @@ func run(args, self []string, w io.Writer) error {
 	o.size = *size << 20
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
+	if o.client != "" {
+		f, err := os.Create(o.client)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
 	r, err := measure(ctx, &o, self, w)
 	if err != nil {
 		return err
