@@ -28,6 +28,7 @@ package api
 //	POST   /v1/acls            ACLChange  Target
 //	GET    /v1/sessions                   List[Session]
 //	GET    /v1/stats                      Stats      every storage node is asked; ?node=NAME: only that one
+//	GET    /v1/reservations               List[Reservation]
 //	DELETE /v1/sessions/{node}/{tsih}     Done       the initiator may log in again
 //	POST   /v1/targets/{iqn}   TargetSet  Target
 //	POST   /v1/luns/{iqn}/{n}  LUNSet     LUN
@@ -63,6 +64,7 @@ const (
 	PathACLs         = "/v1/acls"
 	PathSessions     = "/v1/sessions"
 	PathStats        = "/v1/stats"
+	PathReservations = "/v1/reservations"
 	PathAccounts     = "/v1/accounts"
 	PathBindings     = "/v1/bindings"
 	PathFence        = "/v1/fence"

@@ -222,6 +222,29 @@ type LUN struct {
 	URLs       []string `json:"urls,omitempty" yaml:"urls,omitempty"` // iscsi://… of the portals that serve it
 }
 
+// Reservation is what initiators hold on a volume: persistent reservations (SPC-4
+// 5.13) and RESERVE. A volume on which nobody is registered has none.
+type Reservation struct {
+	Volume        string         `json:"volume" yaml:"volume"` // name
+	UUID          string         `json:"uuid" yaml:"uuid"`
+	Type          string         `json:"type,omitempty" yaml:"type,omitempty"`               // "write exclusive" …; empty = only registrations
+	Holder        string         `json:"holder,omitempty" yaml:"holder,omitempty"`           // initiator port, or "all registrants"
+	ReservedBy    string         `json:"reserved_by,omitempty" yaml:"reserved_by,omitempty"` // initiator port with a RESERVE (6) or (10)
+	Generation    uint32         `json:"generation" yaml:"generation"`                       // PRGENERATION
+	APTPL         bool           `json:"aptpl" yaml:"aptpl"`                                 // as asked for; all of it survives a restart all the same
+	Registrations []Registration `json:"registrations" yaml:"registrations"`
+}
+
+// Registration is a registered initiator port.
+type Registration struct {
+	Initiator  string `json:"initiator" yaml:"initiator"`     // iSCSI name
+	Port       string `json:"port" yaml:"port"`               // "NAME,i,0xISID" (RFC 7143 4.2.7)
+	TargetPort int    `json:"target_port" yaml:"target_port"` // relative target port identifier: the node's index
+	AllPorts   bool   `json:"all_ports,omitempty" yaml:"all_ports,omitempty"`
+	Key        string `json:"key" yaml:"key"` // hex; no secret: every initiator may read it
+	Holder     bool   `json:"holder" yaml:"holder"`
+}
+
 // LUNCreate maps a volume; with Size it first makes the volume (one command).
 type LUNCreate struct {
 	Target      string `json:"target"`

@@ -26,4 +26,18 @@ const (
 	AdmitWaitsForAttempts Rule = "admit-waits-for-attempts"
 	// CutDrainsFirst: a target acks a cut only when nothing of the victim is in the backend (SAFETY §3).
 	CutDrainsFirst Rule = "cut-drains-first"
+	// ReserveAppliedFirst: a PERSISTENT RESERVE OUT is answered when the primary enforces it (SAFETY §4).
+	ReserveAppliedFirst Rule = "reserve-applied-first"
+	// ReserveLeased: a PERSISTENT RESERVE OUT is answered GOOD only within the node lease (SAFETY §2).
+	ReserveLeased Rule = "reserve-leased"
+)
+
+// Point names a place in the code at which a process can be made to die, for tests
+// of what others then make of it.
+type Point string
+
+// The points. With the build tag `mutations`, BLOCKHOUSE_CRASH names one.
+const (
+	// ReserveDecided: a leader has committed a reservation request and answered nobody.
+	ReserveDecided Point = "reserve-decided"
 )

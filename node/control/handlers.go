@@ -61,6 +61,10 @@ func (m *member) routes() http.Handler {
 		return list("LUNList", s, s.LUNs), nil
 	})
 	read(api.PathSessions, m.getSessions)
+	read(api.PathReservations, func(r *http.Request) (any, error) {
+		p := m.picture(r.Context())
+		return list("ReservationList", api.Status{Stale: p.Stale, Index: p.Index}, reservationsOf(p)), nil
+	})
 	read(api.PathFence, func(r *http.Request) (any, error) {
 		s := m.status(r.Context())
 		return list("FenceList", s, s.Fences), nil

@@ -421,6 +421,9 @@ func (m *member) applyStorageRequest(ctx context.Context, from string, q link.Re
 	if q.Kind == "cut.ack" {
 		return m.applyCutAck(ctx, from, q.Body)
 	}
+	if q.Kind == "pr.change" || q.Kind == "pr.barrier" {
+		return m.applyReserve(ctx, from, q)
+	}
 	var at volumeAt
 	if err := json.Unmarshal(q.Body, &at); err != nil {
 		return 0, api.Errorf(api.CodeUsage, "", "read %s: %v", q.Kind, err)

@@ -381,36 +381,57 @@ func (m *member) readIndexHandler(r *http.Request) (any, error) {
 // publish hands the workers a new picture whenever what they need of the FSM has
 // changed, until ctx ends.
 func (m *member) publish(ctx context.Context) {
-	var last [3]uint64
+	var last pictureAt
+	var sent link.State
 	for {
 		_, restores, next := m.cluster.Changed()
-		mod := [3]uint64{max(m.cluster.Modified(fsm.Members), m.cluster.Modified(fsm.Fence)), m.cluster.Modified(fsm.Storage), restores}
+		mod := m.pictureAt(restores)
 		if mod != last {
-			s, err := m.workerState()
+			// What has not changed since the last picture is taken from there: a PERSISTENT
+			// RESERVE OUT waits for this.
+			var keepStorage, keepReserved *link.State
+			if mod.restores == last.restores && last.storage == mod.storage {
+				keepStorage = &sent
+			}
+			if mod.restores == last.restores && last.reserved == mod.reserved {
+				keepReserved = &sent
+			}
+			s, err := m.workerState(keepStorage, keepReserved)
+			if _, again, _ := m.cluster.Changed(); err == nil && m.pictureAt(again) != mod {
+				s, err = m.workerState(nil, nil) // it changed meanwhile
+			}
 			if err != nil {
 				m.log.Error("cannot make the workers' state", zap.Error(err))
 				return
 			}
 			if s.Incarnation != 0 {
 				m.workers.state.set(s)
-				last = mod
+				last, sent = mod, s
 			}
 		}
 		select {
 		case <-next:
 		case <-m.keyGot:
-			last = [3]uint64{}
+			last = pictureAt{}
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// workerState reads the picture for the workers at one index.
-func (m *member) workerState() (s link.State, err error) {
+// pictureAt says from which changes a picture for the workers was made.
+type pictureAt struct{ members, storage, reserved, restores uint64 }
+
+func (m *member) pictureAt(restores uint64) pictureAt {
+	return pictureAt{max(m.cluster.Modified(fsm.Members), m.cluster.Modified(fsm.Fence)), m.cluster.Modified(fsm.Storage), m.cluster.Modified(fsm.PR), restores}
+}
+
+// workerState reads the picture for the workers at one index. A machine that is
+// known to stand as in an earlier picture is taken from there.
+func (m *member) workerState(storage, reserved *link.State) (s link.State, err error) {
 	id := m.identity()
 	m.cluster.Read(func(v machines.View) {
-		ms, st := v.Members.State(), v.Storage.State()
+		ms := v.Members.State()
 		s = link.State{Stamp: link.Stamp{Index: v.Index, View: ms.View, Epoch: ms.Epoch}, Node: id.Node,
 			Cluster: ms.Name, UUID: ms.UUID, SealingKey: id.ClusterKey}
 		if r := ms.Members[id.Node]; r != nil {
@@ -421,10 +442,19 @@ func (m *member) workerState() (s link.State, err error) {
 		}
 		// The workers enforce; tokens are none of their business.
 		ms.Tokens = nil
-		var e1, e2 error
+		var e1, e2, e3 error
 		s.Members, e1 = json.Marshal(ms)
-		s.Storage, e2 = json.Marshal(st)
-		err = errors.Join(e1, e2)
+		if storage != nil {
+			s.Storage = storage.Storage
+		} else {
+			s.Storage, e2 = json.Marshal(v.Storage.State())
+		}
+		if reserved != nil {
+			s.Reservations = reserved.Reservations
+		} else {
+			s.Reservations, e3 = json.Marshal(v.PR.State())
+		}
+		err = errors.Join(e1, e2, e3)
 	})
 	return s, err
 }
@@ -643,7 +673,7 @@ func (m *member) picture(ctx context.Context) picture {
 	}
 	m.cluster.Read(func(v machines.View) {
 		p.Index = v.Index
-		p.Members, p.Storage = v.Members.State(), v.Storage.State()
+		p.Members, p.Storage, p.Reserved = v.Members.State(), v.Storage.State(), v.PR.State()
 		p.Fences = v.Fencing.OpenFences()
 		p.History, _ = v.Fencing.History(0, 0)
 	})
@@ -720,7 +750,7 @@ func (m *member) workerRequest(ctx context.Context, k link.Kind, r link.Request)
 		case api.CodeNoQuorum, api.CodeTimeout, api.CodeUnreachable, api.CodeInternal:
 			_ = m.d.clock.Sleep(ctx, 100*time.Millisecond) // it is idempotent: repeat
 		default:
-			rep.Error = e.Message
+			rep.Error, rep.Code = e.Message, string(e.Code)
 			return rep
 		}
 	}

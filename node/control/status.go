@@ -11,6 +11,7 @@ import (
 	"github.com/blockhouse-san/blockhouse/api"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/fencing"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
+	fsmpr "github.com/blockhouse-san/blockhouse/membership/fsm/pr"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 )
 
@@ -27,6 +28,7 @@ type picture struct {
 	FenceWhy map[string]string
 	History  []fencing.Record
 	Storage  *storage.State
+	Reserved *fsmpr.State
 	Raft     raftPicture
 	// Leases: what only the leader knows. Nil elsewhere.
 	Leases map[string]leasePicture

@@ -11,6 +11,7 @@ import (
 // Control is control's end of the link to one worker.
 type Control struct {
 	conn  *Conn
+	sent  State // last
 	Hello WorkerHello
 }
 
@@ -66,8 +67,14 @@ func (c *Control) hello(h ControlHello) error {
 	}
 }
 
-// State hands over a picture of the FSM.
-func (c *Control) State(s State) error { return c.conn.Send(TState, s) }
+// State hands over a picture of the FSM. One call at a time.
+func (c *Control) State(s State) error {
+	if err := c.conn.Send(TState, s.without(&c.sent)); err != nil {
+		return err
+	}
+	c.sent = s
+	return nil
+}
 
 // Lease hands over a lease.
 func (c *Control) Lease(l Lease) error { return c.conn.Send(TLease, l) }

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"bytes"
 	"encoding/json"
 
 	"github.com/blockhouse-san/blockhouse/api"
@@ -48,10 +49,40 @@ type State struct {
 	Incarnation uint64          `json:"node_incarnation"`
 	Cluster     string          `json:"cluster"` // name
 	UUID        string          `json:"uuid"`
-	Members     json.RawMessage `json:"members"` // state of machine 1
-	Storage     json.RawMessage `json:"storage"` // state of machine 3
+	Members     json.RawMessage `json:"members,omitempty"` // state of machine 1
+	Storage     json.RawMessage `json:"storage,omitempty"` // state of machine 3
+	// Reservations is the state of machine 4. It and the two above travel only when
+	// they differ from those of the State before on the same connection: a PERSISTENT
+	// RESERVE OUT must not cost the whole LUN map. Handlers get them whole.
+	Reservations json.RawMessage `json:"reservations,omitempty"`
 	// SealingKey opens the secrets in Storage; empty if this node has none yet.
 	SealingKey seal.Key `json:"sealing_key,omitempty"`
+}
+
+// sections are the parts that are left out when they did not change.
+func (s *State) sections() []*json.RawMessage {
+	return []*json.RawMessage{&s.Members, &s.Storage, &s.Reservations}
+}
+
+// without leaves out what old has alike.
+func (s State) without(old *State) State {
+	have := old.sections()
+	for i, p := range s.sections() {
+		if bytes.Equal(*p, *have[i]) {
+			*p = nil
+		}
+	}
+	return s
+}
+
+// with fills in what was left out.
+func (s *State) with(old *State) {
+	have := old.sections()
+	for i, p := range s.sections() {
+		if len(*p) == 0 {
+			*p = *have[i]
+		}
+	}
 }
 
 // Kill asks the storage worker to end sessions; initiators may log in again.
@@ -89,7 +120,7 @@ type Report struct {
 type Request struct {
 	Worker string          `json:"worker"`
 	Seq    uint64          `json:"seq"`
-	Kind   string          `json:"kind"` // volume.ready, volume.removed
+	Kind   string          `json:"kind"` // volume.ready, volume.removed, pr.change …
 	Body   json.RawMessage `json:"body"`
 }
 
@@ -97,6 +128,8 @@ type Request struct {
 type Reply struct {
 	Seq   uint64 `json:"seq"`
 	Error string `json:"error,omitempty"`
+	// Code of the error, as of package api ("conflict"), for callers that branch.
+	Code  string `json:"code,omitempty"`
 	Index uint64 `json:"index"`
 }
 

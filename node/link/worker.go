@@ -60,8 +60,22 @@ type Server struct {
 
 type pending struct {
 	req  Request
+	sent bool // to a control; guarded by Server.mu
 	done chan Reply
 }
+
+// ErrNotSent is a request that was given up before any control got it: it has no
+// effect.
+var ErrNotSent = errors.New("no control took the request")
+
+// RefusedError is a request that control, or the cluster, refused: it has no effect.
+type RefusedError struct {
+	Kind string // of the request
+	Code string // as of package api
+	Text string
+}
+
+func (e *RefusedError) Error() string { return "request " + e.Kind + ": " + e.Text }
 
 // Listen opens the worker's socket. A stale socket of a dead worker is replaced;
 // the caller holds the worker's lock file, so nobody else serves it.
@@ -125,6 +139,7 @@ func (s *Server) Serve(ctx context.Context) {
 // serve answers one connection; it returns why it ended, never nil.
 func (s *Server) serve(c *Conn) error {
 	var me uint64
+	var last State // on this connection
 	for {
 		t, body, err := c.Recv()
 		if err != nil {
@@ -170,8 +185,11 @@ func (s *Server) serve(c *Conn) error {
 			hello := s.hello
 			hello.Highest, hello.Control = s.mu.guard.Highest(), s.mu.guard.Control()
 			var resend []Request
-			for _, p := range s.mu.pending {
-				resend = append(resend, p.req)
+			if err == nil {
+				for _, p := range s.mu.pending {
+					p.sent = true
+					resend = append(resend, p.req)
+				}
 			}
 			s.mu.Unlock()
 			if err != nil {
@@ -193,7 +211,7 @@ func (s *Server) serve(c *Conn) error {
 		if me == 0 {
 			return fmt.Errorf("%s before hello", t)
 		}
-		if err := s.obey(me, t, body); err != nil {
+		if err := s.obey(me, t, body, &last); err != nil {
 			s.log.Warn("refused a frame", zap.String("type", string(t)), zap.Error(err))
 			_ = c.Send(TRefused, Refused{err.Error()})
 			return err
@@ -201,7 +219,7 @@ func (s *Server) serve(c *Conn) error {
 	}
 }
 
-func (s *Server) obey(me uint64, t Type, body func(any) error) error {
+func (s *Server) obey(me uint64, t Type, body func(any) error, last *State) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.mu.guard.Obeys(me) {
@@ -218,6 +236,8 @@ func (s *Server) obey(me uint64, t Type, body func(any) error) error {
 			s.mu.refusals++
 			return err
 		}
+		st.with(last)
+		*last = st
 		s.h.OnState(st)
 	case TLease:
 		var l Lease
@@ -263,7 +283,9 @@ func (s *Server) obey(me uint64, t Type, body func(any) error) error {
 }
 
 // Request asks control for a change and waits for the answer, across restarts of
-// control. The error of a refused change is the FSM's text.
+// control. The error of a refused change is a *RefusedError with the FSM's text;
+// with ErrNotSent it did not leave this process before ctx ended; any other error
+// leaves it open whether the change is made.
 func (s *Server) Request(ctx context.Context, kind string, body any) (Reply, error) {
 	b, err := json.Marshal(body)
 	if err != nil {
@@ -271,12 +293,13 @@ func (s *Server) Request(ctx context.Context, kind string, body any) (Reply, err
 	}
 	s.mu.Lock()
 	s.mu.seq++
-	p := &pending{Request{s.hello.Incarnation, s.mu.seq, kind, b}, make(chan Reply, 1)}
+	p := &pending{req: Request{s.hello.Incarnation, s.mu.seq, kind, b}, done: make(chan Reply, 1)}
 	s.mu.pending[p.req.Seq] = p
 	var to []*Conn
 	for c, inc := range s.mu.conns {
 		if inc != 0 && s.mu.guard.Obeys(inc) {
 			to = append(to, c)
+			p.sent = true
 		}
 	}
 	s.mu.Unlock()
@@ -286,14 +309,18 @@ func (s *Server) Request(ctx context.Context, kind string, body any) (Reply, err
 	select {
 	case r := <-p.done:
 		if r.Error != "" {
-			return r, fmt.Errorf("request %s: %s", kind, r.Error)
+			return r, &RefusedError{kind, r.Code, r.Error}
 		}
 		return r, nil
 	case <-ctx.Done():
 		s.mu.Lock()
 		delete(s.mu.pending, p.req.Seq)
+		sent := p.sent
 		s.mu.Unlock()
-		return Reply{}, fmt.Errorf("request %s: %w", kind, ctx.Err())
+		if !sent {
+			return Reply{}, fmt.Errorf("request %s: %w: %w", kind, ErrNotSent, ctx.Err())
+		}
+		return Reply{Seq: p.req.Seq}, fmt.Errorf("request %s: %w", kind, ctx.Err())
 	}
 }
 
@@ -338,3 +365,6 @@ func (s *Server) reports(ctx context.Context) {
 		}
 	}
 }
+
+// Incarnation names this worker process.
+func (s *Server) Incarnation() string { return s.hello.Incarnation }

@@ -23,6 +23,10 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	w.forgetAsked()
 	reset := w.syncVolumes(ctx, want)
 	w.cut(ctx, want)
+	w.mu.Lock()
+	reset = append(reset, w.mu.forget...)
+	w.mu.forget = nil
+	w.mu.Unlock()
 	if len(reset) > 0 {
 		hit := map[string]bool{}
 		for _, t := range want.storage.Targets {
@@ -54,6 +58,7 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	if err == nil {
 		w.dropVolumes(want) // Apply has returned: nothing of them is in flight
 	}
+	w.tidyReservations(ctx, want)
 	reps := w.reports(want)
 	w.tellStores(want, reps)
 	w.mu.Lock()
@@ -115,7 +120,7 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 				return c, err
 			}
 			ct.LUNs = append(ct.LUNs, target.LUN{Number: scsi.LUN(n), Volume: l.Volume, Generation: l.Generation, Device: v.dev,
-				Gate: v.gate, Identity: id, ReadOnly: l.ReadOnly, Removable: l.Removable, NoCache: l.NoCache})
+				Gate: v.gate, Reservations: w.reservationsOf(l.Volume, v.gate), Identity: id, ReadOnly: l.ReadOnly, Removable: l.Removable, NoCache: l.NoCache})
 		}
 		if ct.Auth, err = w.auth(want, t.IQN, t.Auth); err != nil {
 			// Without its secrets a target that asks for them takes nobody: never the

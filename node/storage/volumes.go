@@ -136,6 +136,7 @@ func (w *worker) dropVolumes(want *desired) {
 		}
 		w.close(v)
 		delete(w.vols, id)
+		w.forgetReservations(id)
 	}
 	for id, g := range want.storage.Gone {
 		if !slices.Contains(g.Members, want.node) || w.erased[id] {

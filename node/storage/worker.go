@@ -8,6 +8,7 @@
 package storage
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -28,6 +29,7 @@ import (
 	"github.com/blockhouse-san/blockhouse/internal/sched"
 	"github.com/blockhouse-san/blockhouse/internal/seal"
 	"github.com/blockhouse-san/blockhouse/membership/fsm/members"
+	fsmpr "github.com/blockhouse-san/blockhouse/membership/fsm/pr"
 	fsmstorage "github.com/blockhouse-san/blockhouse/membership/fsm/storage"
 	"github.com/blockhouse-san/blockhouse/node/link"
 	"github.com/blockhouse-san/blockhouse/target"
@@ -48,6 +50,7 @@ func Run(ctx context.Context, cfg config.Config, log *zap.Logger) error {
 	clock := env.Real{}
 	w := &worker{cfg: cfg, log: log.Named("storage"), clock: clock, stop: cancel, gate: NewNodeGate(clock, cfg.Times().TOrphan),
 		vols: map[string]*volume{}, erased: map[string]bool{}, kick: make(chan struct{}, 1), incarnation: uuid.NewString(), cuts: map[string]*cutOf{}}
+	w.over, w.res.kick = ctx.Done(), make(chan struct{}, 1)
 	var err error
 	if w.promised, err = loadPromises(cfg.DataDir); err != nil {
 		return err
@@ -76,6 +79,8 @@ type desired struct {
 	members members.State
 	storage fsmstorage.State
 	key     seal.Key // opens the accounts' secrets
+
+	rawMembers, rawStorage json.RawMessage // what members and storage were read from
 }
 
 // volume is a local copy.
@@ -123,6 +128,7 @@ type worker struct {
 		scrub    []link.Scrub
 		kill     []uint16 // sessions to end, by TSIH
 		reapply  bool     // the target holds cuts that the configuration does not name
+		forget   []string // volumes whose sessions are to be reset
 	}
 
 	// Of the work goroutine alone.
@@ -133,6 +139,10 @@ type worker struct {
 	lastErr error
 	told    string // what was last said of it
 	retryAt env.Boot
+
+	res             reserved
+	rawReservations []byte          // of the last state; of OnState alone
+	over            <-chan struct{} // closed when this process is to end
 
 	complained map[string]string // what was logged of accounts, by target
 	cuts       map[string]*cutOf // of evicted nodes, by name
@@ -168,8 +178,28 @@ type detail struct {
 }
 
 func (w *worker) OnState(s link.State) {
-	d := &desired{stamp: s.Stamp, node: s.Node, index: s.Index, inc: s.Incarnation, key: s.SealingKey}
-	if err := errors.Join(json.Unmarshal(s.Members, &d.members), json.Unmarshal(s.Storage, &d.storage)); err != nil {
+	d := &desired{stamp: s.Stamp, node: s.Node, index: s.Index, inc: s.Incarnation, key: s.SealingKey, rawMembers: s.Members, rawStorage: s.Storage}
+	w.mu.Lock()
+	prev := w.mu.want
+	w.mu.Unlock()
+	// What did not change is not read again; nobody writes to it.
+	var err error
+	if prev != nil && bytes.Equal(prev.rawMembers, s.Members) {
+		d.members = prev.members
+	} else {
+		err = json.Unmarshal(s.Members, &d.members)
+	}
+	if prev != nil && bytes.Equal(prev.rawStorage, s.Storage) {
+		d.storage = prev.storage
+	} else {
+		err = errors.Join(err, json.Unmarshal(s.Storage, &d.storage))
+	}
+	var res *fsmpr.State
+	if prev == nil || !bytes.Equal(w.rawReservations, s.Reservations) {
+		res = new(fsmpr.State)
+		err = errors.Join(err, json.Unmarshal(s.Reservations, res))
+	}
+	if err != nil {
 		// Control is of another version; what we serve now stays as it is.
 		w.log.Error("cannot read the state from control", zap.Error(err))
 		w.mu.Lock()
@@ -177,6 +207,9 @@ func (w *worker) OnState(s link.State) {
 		w.mu.Unlock()
 		return
 	}
+	w.rawReservations = s.Reservations
+	// Before the roles: who becomes the primary by this state enforces its reservations.
+	w.res.install(res, s.Stamp.Index)
 	w.mu.Lock()
 	w.mu.want, w.mu.stateErr = d, ""
 	w.mu.Unlock()
@@ -243,6 +276,9 @@ func (w *worker) work(ctx context.Context, l *link.Server) error {
 		}
 	}()
 	defer w.wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w.wg.Go(func() { w.enforceLoop(ctx) })
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var last string
