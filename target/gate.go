@@ -32,7 +32,8 @@ const (
 // Enter returns nil or one of the errors below; after nil the caller calls Leave
 // exactly once, with the same Op, when its backend I/O has ended and before it
 // sends status: a nil error of Leave says that status may be sent. ErrReset from
-// either means: no status, the session is reset (SAFETY r1).
+// either means: no status, the session is reset (SAFETY r1). So does ErrUnsure from
+// Leave, for a command that may have had an effect.
 type Gate interface {
 	Incarnation() Incarnation
 	Enter(in Incarnation, op Op) error

@@ -156,3 +156,34 @@ func TestEnforce(t *testing.T) {
 		t.Error("an aborted write reached the medium")
 	}
 }
+
+// What had an effect and may not be told any more resets the session; it is never
+// "not ready". What had none says why.
+func TestUnsaid(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ err, e, want error }{
+		{nil, ErrUnsure, ErrReset},
+		{errConflict, ErrUnsure, ErrReset},
+		{ErrReset, ErrUnsure, ErrReset},
+		{ErrNotReady, ErrUnsure, ErrNotReady},
+		{ErrNotReady, ErrReset, ErrReset},
+		{nil, ErrReset, ErrReset},
+		{nil, ErrStandby, ErrStandby},
+	} {
+		if got := unsaid(c.err, c.e); !errors.Is(got, c.want) || c.want != ErrReset && errors.Is(got, ErrReset) {
+			t.Errorf("%v, gate %v: %v, want %v", c.err, c.e, got, c.want)
+		}
+	}
+	var g countGate
+	l := lunOf(t, 0)
+	l.Gate = &g
+	b := newBench(t, Options{}, l)
+	a := b.ready(loginOpt{})
+	g.set(nil, ErrUnsure)
+	cdb, _ := scsi.PersistentReserveOut(scsi.SARegister, 0, 24)
+	list := (&scsi.PROut{NewKey: 1}).Bytes(scsi.SARegister)
+	cmd := a.command(0, cdb, list, 0)
+	if r, err := a.tryDo(cmd, list); err == nil {
+		t.Errorf("answered %v", r.status)
+	}
+}

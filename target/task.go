@@ -597,8 +597,8 @@ func (t *task) run(ctx context.Context) {
 				t.lu.observe(t.c.srv.now()-begin, max(len(x.data), t.want))
 			}
 		}
-		if e := t.lu.gate.Leave(in, op); e != nil && !errors.Is(err, ErrReset) {
-			err = e
+		if e := t.lu.gate.Leave(in, op); e != nil {
+			err = unsaid(err, e)
 		}
 	}
 	switch {
@@ -615,6 +615,21 @@ func (t *task) run(ctx context.Context) {
 		}
 		t.respond(o)
 	}
+}
+
+// unsaid is what becomes of a command that ended with err when the gate says with e
+// that its status may not be sent. What had no effect keeps its reason, unless the
+// session is reset anyway; what may have had one is never "not ready".
+func unsaid(err, e error) error {
+	switch {
+	case errors.Is(err, ErrReset):
+		return err
+	case !errors.Is(e, ErrUnsure):
+		return e
+	case errors.Is(err, ErrNotReady), errors.Is(err, ErrStandby), errors.Is(err, ErrUnavailable):
+		return err
+	}
+	return fmt.Errorf("%w: its outcome may not be told: %w", ErrReset, e)
 }
 
 // finish takes the task out of its session once; it tells whether a response

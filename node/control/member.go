@@ -390,10 +390,10 @@ func (m *member) publish(ctx context.Context) {
 			// What has not changed since the last picture is taken from there: a PERSISTENT
 			// RESERVE OUT waits for this.
 			var keepStorage, keepReserved *link.State
-			if mod.restores == last.restores && last.storage == mod.storage {
+			if len(sent.Storage) > 0 && mod.restores == last.restores && last.storage == mod.storage {
 				keepStorage = &sent
 			}
-			if mod.restores == last.restores && last.reserved == mod.reserved {
+			if len(sent.Reservations) > 0 && mod.restores == last.restores && last.reserved == mod.reserved {
 				keepReserved = &sent
 			}
 			s, err := m.workerState(keepStorage, keepReserved)

@@ -1,7 +1,6 @@
 package storage
 
 import (
-	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -222,11 +221,6 @@ func (g *VolumeGate) Suspend(on bool) { g.suspended.Store(on) }
 func (g *VolumeGate) Leave(in target.Incarnation, op target.Op) error {
 	err := g.check(in, op)
 	g.leave()
-	if op == target.OpReserve || op == target.OpConfig {
-		if errors.Is(err, target.ErrUnsure) && !fault.Off(fault.ReserveLeased) {
-			return target.ErrReset // it is done, and may not be said any more: "not ready" would be a lie
-		}
-	}
 	return err
 }
 

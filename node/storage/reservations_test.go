@@ -389,27 +389,6 @@ func TestReserveEndsWithItsNexus(t *testing.T) {
 	}
 }
 
-// A done command that may not be confirmed any more resets; it is not "not ready".
-func TestLeaveAfterTheLease(t *testing.T) {
-	t.Parallel()
-	c := newCopy(t)
-	g := c.reservations.gate
-	in := g.Incarnation()
-	if err := g.Enter(in, target.OpReserve); err != nil {
-		t.Fatal(err)
-	}
-	c.clock.Step(3 * time.Second)
-	if err := g.Leave(in, target.OpReserve); !errors.Is(err, target.ErrReset) {
-		t.Errorf("leave: %v", err)
-	}
-	if err := g.Enter(in, target.OpReserve); !errors.Is(err, target.ErrUnsure) {
-		t.Errorf("enter: %v", err)
-	}
-	if err := g.Enter(in, target.OpWrite); err != nil {
-		t.Errorf("a write in the orphan time: %v", err)
-	}
-}
-
 func BenchmarkConflicts(b *testing.B) {
 	r := &reservations{}
 	s := pr.State{Type: scsi.PRWriteExclusiveRegOnly}
