@@ -39,6 +39,8 @@ type link struct {
 		cmds   fifo[*task]
 		urgent fifo[work]
 		ping   bool
+		// replaced: a connection with its number has taken its place at the target.
+		replaced bool
 	}
 }
 
@@ -152,14 +154,27 @@ func (l *link) gone() {
 		for k, t := range lost {
 			gens[k] = t.mu.gen
 		}
-		s.side.Go(func() { s.bury(l, lost, gens) })
+		done := make(chan struct{})
+		replaced := l.mu.replaced || s.mu.adding[l.cid] > 0
+		if !replaced {
+			s.mu.buried[l.cid] = done
+		}
+		s.side.Go(func() {
+			s.bury(l, replaced, lost, gens)
+			s.mu.Lock()
+			if !replaced {
+				delete(s.mu.buried, l.cid)
+			}
+			s.mu.Unlock()
+			close(done)
+		})
 	}
 }
 
 // bury ends the commands of a connection that was lost: the target is told to close
 // it, and of each command that it may never have received, to take it as received and
 // aborted, so that no gap in CmdSN stays (RFC 7143 11.5.1).
-func (s *Session) bury(l *link, lost []*task, gens []uint16) {
+func (s *Session) bury(l *link, replaced bool, lost []*task, gens []uint16) {
 	giveUp := func(err error) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -189,8 +204,7 @@ func (s *Session) bury(l *link, lost []*task, gens []uint16) {
 		}
 	}
 	var answer iscsi.LogoutResult
-	reinstated := slices.Contains(s.Connections(), l.cid)
-	if !reinstated {
+	if !replaced {
 		_, err := ask(func() iscsi.PDU {
 			return &iscsi.LogoutRequest{Immediate: true, Reason: iscsi.LogoutConnection, CID: l.cid}
 		}, func() *control {

@@ -40,13 +40,16 @@ const (
 	cutOff       // the connection ends in the middle of the PDU
 )
 
-func newProxy(t testing.TB, target string, hurt func(int, bool, *iscsi.BHS) harm) *proxy {
+func newProxy(t testing.TB, target string, hurt func(int, bool, *iscsi.BHS) harm, tap ...func(int, bool, []byte)) *proxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	p := &proxy{t: t, l: l, target: target, hurt: hurt}
+	if len(tap) > 0 {
+		p.tap = tap[0]
+	}
 	p.wg.Go(p.accept)
 	return p
 }

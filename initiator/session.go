@@ -192,10 +192,12 @@ type Session struct {
 
 	mu struct {
 		sync.Mutex
-		err      error   // why the session ended
-		closing  error   // new commands are refused with it
-		links    []*link // those that live
-		turn     int     // of them
+		err      error                    // why the session ended
+		closing  error                    // new commands are refused with it
+		links    []*link                  // those that live
+		turn     int                      // of them
+		adding   map[uint16]int           // connections that are logging in: their old ones need no logout
+		buried   map[uint16]chan struct{} // connections that are being logged out by another, until they are
 		ctl      map[uint32]*control
 		ctlSeq   uint16
 		inFlight int // tasks not free
@@ -244,6 +246,8 @@ func newSession(w *wire, portal iscsi.Portal, target string, cfg Config) *Sessio
 		s.free <- t
 	}
 	s.mu.ctl = map[uint32]*control{}
+	s.mu.adding = map[uint16]int{}
+	s.mu.buried = map[uint16]chan struct{}{}
 	s.mu.cmdSN = w.cmdSN
 	s.mu.expCmdSN, s.mu.maxCmdSN = w.login.Window()
 	s.attach(newLink(s, w, 0))
@@ -268,12 +272,28 @@ func (s *Session) attach(l *link) {
 // reinstated: the commands on its old connection end with ErrDropped.
 func (s *Session) AddConnection(ctx context.Context, cid uint16) error {
 	s.mu.Lock()
-	err := s.refusedLocked()
-	cmdSN := s.mu.cmdSN
-	s.mu.Unlock()
-	if err != nil {
+	for s.mu.buried[cid] != nil && s.refusedLocked() == nil {
+		wait := s.mu.buried[cid]
+		s.mu.Unlock()
+		select { // or the old one's logout would hit the new one
+		case <-wait:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		s.mu.Lock()
+	}
+	if err := s.refusedLocked(); err != nil {
+		s.mu.Unlock()
 		return err
 	}
+	cmdSN := s.mu.cmdSN
+	s.mu.adding[cid]++
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.mu.adding[cid]--
+		s.mu.Unlock()
+	}()
 	w, err := dialJoin(ctx, s, cid, cmdSN)
 	if err != nil {
 		return fmt.Errorf("add connection %d to the session with %s: %w", cid, s.target, err)
@@ -281,6 +301,7 @@ func (s *Session) AddConnection(ctx context.Context, cid uint16) error {
 	s.mu.Lock()
 	for _, o := range s.mu.links {
 		if o.cid == cid {
+			o.mu.replaced = true
 			o.failLocked(fmt.Errorf("%w: connection %d was reinstated", ErrDropped, cid))
 		}
 	}
@@ -720,11 +741,17 @@ func (s *Session) Logout(ctx context.Context) error {
 }
 
 func (s *Session) logout(ctx context.Context) error {
-	c := &control{}
-	// On the answer the session is over, for the reader as well: what follows on the
-	// connection is nothing.
-	c.apply = func() { s.failLocked(ErrClosed) }
-	err := s.control(ctx, &iscsi.LogoutRequest{Immediate: true, Reason: iscsi.LogoutSession}, nil, c, s.cfg.LogoutTimeout)
+	var err error
+	for {
+		c := &control{}
+		// On the answer the session is over, for the reader as well: what follows on the
+		// connection is nothing.
+		c.apply = func() { s.failLocked(ErrClosed) }
+		err = s.control(ctx, &iscsi.LogoutRequest{Immediate: true, Reason: iscsi.LogoutSession}, nil, c, s.cfg.LogoutTimeout)
+		if !errors.Is(err, errLinkLost) || s.Err() != nil || len(s.Connections()) == 0 {
+			break
+		}
+	}
 	if err != nil && !errors.Is(err, ErrClosed) {
 		return fmt.Errorf("log out of %s: %w", s.target, err)
 	}
