@@ -62,7 +62,7 @@ func TestPage(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^TestPage$", "-test.v", "-test.timeout=5m")
-	cmd.Env = append(os.Environ(), insideEnv+"=1")
+	cmd.Env = append(os.Environ(), insideEnv+"=1", testproc.ArtefactEnv+"="+testproc.ArtefactDir(t))
 	cmd.SysProcAttr = attr
 	out, err := cmd.CombinedOutput()
 	var ee *exec.ExitError
