@@ -98,8 +98,9 @@ func TestStorageMetrics(t *testing.T) {
 	for i := range 2 * maxSessionSeries {
 		s.Sessions = append(s.Sessions, api.Session{Target: "iqn.x:t", Initiator: fmt.Sprintf("iqn.y:%d", i), ISID: "a", IO: &io})
 	}
-	s.Sessions = append(s.Sessions, s.Sessions[0], api.Session{Discovery: true, IO: &io}) // one that is being reinstated
 	s.Sessions[1].Initiator = "\xff"
+	s.Sessions = append(s.Sessions, api.Session{Discovery: true, IO: &io})
+	s.Sessions = slices.Insert(s.Sessions, 1, s.Sessions[0]) // one that is being reinstated
 	c := &storageMetrics{log: zap.NewNop(), ask: func(context.Context) (api.NodeStats, bool, error) { return s, true, nil }}
 	fs := gather(t, c)
 	var names []string

@@ -268,3 +268,50 @@ func TestHoldIsExclusiveAndNamesTheHolder(t *testing.T) {
 	}
 	_ = f.Close()
 }
+
+type answerer struct{ recorder }
+
+func (*answerer) Answer(t Type, body func(any) error) (any, error) {
+	var q EventsAfter
+	if err := body(&q); err != nil {
+		return nil, err
+	}
+	return Events{Worker: string(t), Last: q.After + 1}, nil
+}
+
+// TestAsk: a question needs no hello and is no control; a worker that has no
+// answer closes the connection.
+func TestAsk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "w.sock")
+	s, err := Listen(path, WorkerHello{Kind: Storage, Incarnation: "w1", PID: 1}, &answerer{}, zaptest.NewLogger(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); s.Serve(ctx) }()
+	t.Cleanup(func() { cancel(); <-done })
+	ctl, err := Connect(t.Context(), path, ControlHello{Incarnation: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := run(t, ctl, nil)
+	var e Events
+	if err := Ask(t.Context(), path, TEvents, EventsAfter{After: 41}, &e); err != nil || e.Last != 42 || e.Worker != "events" {
+		t.Errorf("%+v, %v", e, err)
+	}
+	select {
+	case err := <-ended:
+		t.Errorf("the question ended control's connection: %v", err)
+	default:
+	}
+	_, _, old := start(t)
+	if err := Ask(t.Context(), old, TStats, struct{}{}, &e); err == nil {
+		t.Error("a worker without answers gave one")
+	}
+	past, stop := context.WithCancel(t.Context())
+	stop()
+	if err := Ask(past, path, TStats, struct{}{}, &e); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}
