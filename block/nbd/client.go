@@ -127,7 +127,7 @@ func (c *Client) judge(x *export) error {
 	case x.size == 0 || x.size%int64(bs) != 0:
 		return fmt.Errorf("size %d is not a positive multiple of the block size %d", x.size, bs)
 	case x.minBlock > bs:
-		return fmt.Errorf("the export needs blocks of %d bytes, larger than the block size %d", x.minBlock, bs)
+		return fmt.Errorf("the export needs blocks of %d bytes, larger than the block size %d; make the volume with --block-size 4096", x.minBlock, bs)
 	case x.maxPayload < bs:
 		return fmt.Errorf("the export takes %d bytes at a time, less than a block of %d", x.maxPayload, bs)
 	case x.flags&xReadOnly != 0 && !c.o.ReadOnly:

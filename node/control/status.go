@@ -217,7 +217,7 @@ func volumeHealth(p picture, v *storage.Volume) (api.Health, string) {
 			return api.HealthFaulted, v.Config.Primary + " says: " + strings.TrimSuffix(r.State+": "+r.Error, ": ")
 		}
 		if c := r.Checks; c != nil && c.BadUnits > 0 {
-			return api.HealthFaulted, fmt.Sprintf("%d blocks of 4 KiB do not match their checksums; run clusteradm volume show %s", c.BadUnits, v.Name)
+			return api.HealthDegraded, fmt.Sprintf("%d blocks of 4 KiB do not match their checksums; run clusteradm volume show %s", c.BadUnits, v.Name)
 		}
 		if len(v.Config.ISR) == 1 {
 			return api.HealthDegraded, "not redundant: one copy"

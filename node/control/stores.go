@@ -174,7 +174,7 @@ func (m *member) storeFailed(v *storage.Volume) string {
 		return ""
 	}
 	for _, r := range m.table.leases()[v.Config.Primary].Volumes {
-		if r.UUID == v.Config.UUID && r.State == "error" {
+		if r.UUID == v.Config.UUID && (r.State == "error" || r.State == "failed") {
 			return strings.TrimPrefix(r.Error, "open store ")
 		}
 	}
@@ -286,17 +286,21 @@ func (m *member) tellChecks(node string, before, now []volumeReport) {
 		if r.Checks == nil {
 			continue
 		}
+		was := old[r.UUID]
+		if was == nil {
+			was = &checksReport{}
+		}
+		c := r.Checks
+		scrubbed := c.Scrub.State != "running" && c.Scrub.State != "" && was.Scrub.State == "running"
+		if c.BadUnits <= was.BadUnits && c.Adopted <= was.Adopted && !scrubbed {
+			continue
+		}
 		name := r.UUID
 		m.cluster.Read(func(v machines.View) {
 			if x, ok := v.Storage.Volume(r.UUID); ok {
 				name = x.Name
 			}
 		})
-		was := old[r.UUID]
-		if was == nil {
-			was = &checksReport{}
-		}
-		c := r.Checks
 		data := map[string]any{"volume": name, "node": node}
 		if c.BadUnits > was.BadUnits {
 			m.d.event("volume.damaged", fmt.Sprintf("volume %s on %s: %d blocks of 4 KiB do not match their checksums, at %v", name, node, c.BadUnits, c.Bad), data)
@@ -304,7 +308,7 @@ func (m *member) tellChecks(node string, before, now []volumeReport) {
 		if c.Adopted > was.Adopted {
 			m.d.event("volume.doubt", fmt.Sprintf("volume %s on %s: %d blocks of 4 KiB that were being written at a crash were taken as they are", name, node, c.Adopted), data)
 		}
-		if s := c.Scrub; s.State != "running" && s.State != "" && was.Scrub.State == "running" {
+		if s := c.Scrub; scrubbed {
 			m.d.event("volume.scrubbed", fmt.Sprintf("the scrub of volume %s on %s is %s after %d of %d bytes: %d damaged blocks", name, node, s.State, s.Done, s.Size, s.Bad), data)
 		}
 	}

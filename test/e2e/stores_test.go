@@ -136,7 +136,7 @@ func TestStores(t *testing.T) {
 		if err := scrub(api.VolumeScrub{}); err != nil {
 			t.Fatal(err)
 		}
-		if v := ended("done"); v.Checksums.Scrub.Damaged != 1 || v.Checksums.Damaged != 1 || v.Checksums.Offsets[0] != 4096 || v.Health != api.HealthFaulted {
+		if v := ended("done"); v.Checksums.Scrub.Damaged != 1 || v.Checksums.Damaged != 1 || v.Checksums.Offsets[0] != 4096 || !strings.Contains(v.Cause, "1 blocks of 4 KiB do not match") {
 			t.Errorf("%s", cluster.JSON(v))
 		}
 		sense(t, "a damaged block", d.ReadAt(ctx, make([]byte, 512), 4608), scsi.MediumError, scsi.ASCReadError)
