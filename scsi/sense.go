@@ -129,6 +129,7 @@ const (
 	ASCInquiryChanged          ASC = 0x3F03
 	ASCReportedLunsChanged     ASC = 0x3F0E
 	ASCInternalFailure         ASC = 0x4400
+	ASCInvalidMessage          ASC = 0x4900
 	ASCAbortedTMF              ASC = 0x4500 // SELECT OR RESELECT FAILURE
 	ASCProtocolCRC             ASC = 0x4705
 	ASCDataPhase               ASC = 0x4B00
@@ -196,6 +197,7 @@ var ascNames = map[ASC]string{
 	ASCInquiryChanged:          "INQUIRY DATA HAS CHANGED",
 	ASCReportedLunsChanged:     "REPORTED LUNS DATA HAS CHANGED",
 	ASCInternalFailure:         "INTERNAL TARGET FAILURE",
+	ASCInvalidMessage:          "INVALID MESSAGE ERROR",
 	ASCAbortedTMF:              "SELECT OR RESELECT FAILURE",
 	ASCProtocolCRC:             "PROTOCOL SERVICE CRC ERROR",
 	ASCDataPhase:               "DATA PHASE ERROR",

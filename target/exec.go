@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/blockhouse-san/blockhouse/block"
+	"github.com/blockhouse-san/blockhouse/iscsi"
 	"github.com/blockhouse-san/blockhouse/scsi"
 )
 
@@ -59,6 +60,9 @@ func (t *task) check() *outcome {
 		return bad(scsi.Check(scsi.IllegalRequest, scsi.ASCInvalidOpcode))
 	}
 	cmd := t.cdb.Cmd
+	if t.attr >= iscsi.AttrACA { // NormACA is 0: there is never an ACA to add to
+		return bad(scsi.Check(scsi.IllegalRequest, scsi.ASCInvalidMessage))
+	}
 	if t.lu != nil && !t.lu.supports(cmd) {
 		if cmd.SA != scsi.NoSA {
 			return bad(&scsi.Sense{Key: scsi.IllegalRequest, Code: scsi.ASCInvalidFieldCDB, Pointer: &scsi.FieldPointer{InCDB: true, Byte: 1, Bit: 4}})

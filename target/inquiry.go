@@ -142,7 +142,7 @@ func vpdProvisioning(x *exec) []byte {
 	c := x.lu.dev.Info().Caps
 	p := &scsi.Provisioning{}
 	if c.Thin {
-		*p = scsi.Provisioning{LBPU: true, LBPWS: true, LBPWS10: true, LBPRZ: c.UnmapZeroes, Type: 2}
+		*p = scsi.Provisioning{ThresholdExponent: thresholdExponent, LBPU: true, LBPWS: true, LBPWS10: true, LBPRZ: c.UnmapZeroes, Type: 2}
 	}
 	return p.Bytes()
 }

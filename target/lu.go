@@ -24,6 +24,7 @@ type logicalUnit struct {
 	size      atomic.Int64 // as last told to initiators
 	mode      modeState
 	ranges    rangeQueue
+	order     taskOrder
 	pool      pool
 	medium    mediumState
 	sanitizer sanitizer
@@ -43,6 +44,7 @@ func newLogicalUnit(l *LUN, wg *sync.WaitGroup) *logicalUnit {
 	u.mode.init(u.dev.Info().Caps.WriteCache && !l.NoCache)
 	u.pool.wg = wg
 	u.medium.init()
+	u.order.init()
 	u.groups.Store(&l.Groups)
 	return u
 }

@@ -25,6 +25,7 @@ type modeState struct {
 const (
 	cachingWCE     = 0x04 // byte 0
 	controlDSense  = 0x04 // byte 0
+	controlQErr    = 0x06 // byte 1: 00b none, 01b the task set, 11b the nexus
 	controlSWP     = 0x08 // byte 2
 	errorRecovery0 = 0xC0 // AWRE, ARRE
 )
@@ -43,6 +44,7 @@ func (m *modeState) init(writeCache bool) {
 	control[1] = 0x10 // unrestricted reordering
 	kmask := make([]byte, 10)
 	kmask[0] = controlDSense
+	kmask[1] = controlQErr
 	kmask[2] = controlSWP
 	recovery := make([]byte, 10)
 	recovery[0] = errorRecovery0
@@ -79,6 +81,18 @@ func (m *modeState) bit(page uint8, at int, bit byte) bool {
 func (m *modeState) writeCache() bool      { return m.bit(scsi.ModeCaching, 0, cachingWCE) }
 func (m *modeState) descriptorSense() bool { return m.bit(scsi.ModeControl, 0, controlDSense) }
 func (m *modeState) writeProtected() bool  { return m.bit(scsi.ModeControl, 2, controlSWP) }
+
+// queueErrors is the QERR field.
+func (m *modeState) queueErrors() int {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for i := range m.pages {
+		if p := &m.pages[i]; p.page == scsi.ModeControl && p.sub == 0 {
+			return int(p.current[1]&controlQErr) >> 1
+		}
+	}
+	return 0
+}
 
 func checkModeSense(t *task) *scsi.Sense {
 	if t.cdb.Get(scsi.FPC) == scsi.ModeSaved {
@@ -231,6 +245,9 @@ func (m *modeState) choose(ps []scsi.ModePage, at []int) (changed bool, err erro
 			if d := (v ^ mine.current[j]) &^ mine.mask[j]; d != 0 {
 				return false, scsi.InvalidParam(at[k]+head+j, -1)
 			}
+		}
+		if mine.page == scsi.ModeControl && mine.sub == 0 && p.Body[1]&controlQErr == 0x04 { // reserved
+			return false, scsi.InvalidParam(at[k]+head+1, 2)
 		}
 		next[i] = p.Body
 	}

@@ -451,7 +451,11 @@ func (s *session) abortInto(g *group, match func(*task) bool) (n int) {
 		case t.state == stateReceive && !t.reading:
 			now = append(now, t)
 		case t.state == stateQueue:
-			ok, ready := t.lu.ranges.cancel(&t.lock)
+			ok, comes := t.lu.order.cancel(t)
+			var ready []*task
+			if !ok && !comes {
+				ok, ready = t.lu.ranges.cancel(&t.lock)
+			}
 			if ok {
 				now = append(now, t)
 			}

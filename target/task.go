@@ -35,6 +35,9 @@ type task struct {
 	write     bool
 	edtl      uint32
 	wireLUN   iscsi.LUN
+	attr      iscsi.Attr
+	wave      *wave // its place in the task set, nil = none; set once, at its turn
+	turn      taskTurn
 
 	ent *entry       // nil: no such LUN
 	lu  *logicalUnit // of ent
@@ -133,7 +136,7 @@ func (c *conn) onCommand(b *iscsi.BHS) error {
 	}
 	t := c.newTask()
 	*t = task{
-		s: s, c: c, itt: p.ITT, immediate: p.Immediate, final: p.Final, read: p.Read, write: p.Write, edtl: p.EDTL, wireLUN: p.LUN,
+		s: s, c: c, itt: p.ITT, immediate: p.Immediate, final: p.Final, read: p.Read, write: p.Write, edtl: p.EDTL, wireLUN: p.LUN, attr: p.Attr,
 		since: c.lastRead.Load(),
 	}
 	t.prepare(&p)
@@ -273,6 +276,8 @@ func (t *task) deliver(own bool) (run *task) {
 	}
 	if t.verdict != nil {
 		t.want = 0
+	} else if t.lu != nil && !t.aborted && t.state != stateDone {
+		t.lu.order.join(t)
 	}
 	if t.reading { // by the reader, which goes on with it
 		s.mu.Unlock()
@@ -456,9 +461,18 @@ func (t *task) place(p *iscsi.DataOut, n int) (i int, code scsi.ASC, why string)
 // ready queues a complete command behind those it overlaps, or runs it, or returns
 // it to be run on the reader. s.mu is held at call and not at return.
 func (t *task) ready(own bool) (run *task) {
+	t.state = stateQueue
+	if t.lu != nil && !t.lu.order.enter(t) {
+		t.s.mu.Unlock()
+		return nil
+	}
+	return t.lockRange(own)
+}
+
+// lockRange is ready behind the order of tasks.
+func (t *task) lockRange(own bool) (run *task) {
 	s := t.s
 	granted := true
-	t.state = stateQueue
 	if lo, hi, excl, need := t.span(); need {
 		t.lock = rangeLock{lo: lo, hi: hi, excl: excl, t: t}
 		t.locked = true
@@ -664,6 +678,11 @@ func (t *task) finish(o *outcome) (first, answer bool, ends []func()) {
 }
 
 func (t *task) unlock() {
+	if t.wave != nil {
+		for _, r := range t.lu.order.leave(t.wave) {
+			r.resume()
+		}
+	}
 	if t.locked {
 		if ready := t.lu.ranges.release(&t.lock); len(ready) > 0 {
 			t.lu.pool.submit(ready...)
@@ -698,6 +717,9 @@ func (t *task) respond(o outcome) {
 	t.buf = nil
 	if answer {
 		t.send(o)
+		if o.status == scsi.StatusCheckCondition && t.lu != nil {
+			t.queueError()
+		}
 	} else {
 		o.buf.Free()
 	}
