@@ -203,6 +203,14 @@ func listOf[T any](v ...T) api.List[T] {
 const iqnPath = "iqn.2026-11.io.blockhouse:demo:disks"
 
 // sample answers everything.
+var sampleReservations = []api.Reservation{
+	{Volume: "v1", UUID: "0190-1", Type: "write exclusive, registrants only", Holder: "iqn.1993-08.org.debian:01:abc,i,0x00023d000001", Generation: 3, APTPL: true,
+		Registrations: []api.Registration{
+			{Initiator: "iqn.1993-08.org.debian:01:abc", Port: "iqn.1993-08.org.debian:01:abc,i,0x00023d000001", TargetPort: 3, Key: "0x000000000000000a", Holder: true},
+			{Initiator: "iqn.1993-08.org.debian:01:def", Port: "iqn.1993-08.org.debian:01:def,i,0x00023d000002", TargetPort: 3, AllPorts: true, Key: "0x000000000000000b"}}},
+	{Volume: "v2", UUID: "0190-2", ReservedBy: "iqn.1993-08.org.debian:01:def,i,0x00023d000002", Registrations: []api.Registration{}},
+}
+
 func sample() map[string]any {
 	created := sampleToken
 	created.Secret, created.Join = "bh1-secret", "clusteradm join bh1-secret@127.0.0.12:7420"
@@ -213,6 +221,7 @@ func sample() map[string]any {
 		"POST /v1/join":                              done,
 		"POST /v1/leave":                             done,
 		"GET /v1/tokens":                             listOf(sampleToken),
+		"GET /v1/reservations":                       listOf(sampleReservations...),
 		"POST /v1/tokens":                            created,
 		"DELETE /v1/tokens/t1":                       done,
 		"GET /v1/nodes":                              listOf(sampleNodes...),

@@ -37,11 +37,12 @@ func writeIO(w io.Writer, i *api.IOStats, indent string) {
 // lunShown is the document of lun show.
 type lunShown struct {
 	api.LUN
-	Stats []api.LUNStats `json:"stats"` // of each node that serves it and answered
+	Reservation *api.Reservation `json:"reservation,omitempty"` // of its volume; none = nobody is registered
+	Stats       []api.LUNStats   `json:"stats"`                 // of each node that serves it and answered
 }
 
 func (a *app) lunShowCmd() *cobra.Command {
-	show := a.verb("show IQN/LUN [LUN]", "show a LUN, and what was done to it", func(ctx context.Context, args []string) error {
+	show := a.verb("show IQN/LUN [LUN]", "show a LUN, who reserves it, and what was done to it", func(ctx context.Context, args []string) error {
 		iqn, n, err := splitLUN(strings.Join(args, "/"))
 		if err != nil {
 			return err
@@ -59,6 +60,13 @@ func (a *app) lunShowCmd() *cobra.Command {
 			return err
 		}
 		s := lunShown{LUN: l.Items[i], Stats: []api.LUNStats{}}
+		rs, err := get[api.List[api.Reservation]](ctx, a, api.PathReservations)
+		if err != nil {
+			return err
+		}
+		if k := slices.IndexFunc(rs.Items, func(r api.Reservation) bool { return r.Volume == s.Volume }); k >= 0 {
+			s.Reservation = &rs.Items[k]
+		}
 		for _, node := range st.Nodes {
 			if node.Error != "" {
 				fmt.Fprintf(a.Err, "note: %s does not answer: %s\n", clean(node.Node), clean(node.Error))
@@ -74,6 +82,9 @@ func (a *app) lunShowCmd() *cobra.Command {
 		}
 		v := lunView()
 		v.more = func(w io.Writer, _ *app, _ api.LUN) {
+			if s.Reservation != nil {
+				writeReservation(w, s.Reservation)
+			}
 			for i := range s.Stats {
 				x := &s.Stats[i]
 				fmt.Fprintf(w, "\non %s, since its storage worker started, %d sessions:\n", clean(x.Node), x.Sessions)

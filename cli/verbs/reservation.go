@@ -2,6 +2,8 @@ package verbs
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"slices"
 	"strconv"
 
@@ -9,6 +11,25 @@ import (
 
 	"github.com/blockhouse-san/blockhouse/api"
 )
+
+// writeReservation prints who holds and who is registered, for lun show.
+func writeReservation(w io.Writer, r *api.Reservation) {
+	switch {
+	case r.ReservedBy != "":
+		fmt.Fprintf(w, "\nreserved (RESERVE) by %s\n", clean(r.ReservedBy))
+	case r.Type != "":
+		fmt.Fprintf(w, "\nreserved (%s) by %s\n", r.Type, clean(r.Holder))
+	default:
+		fmt.Fprintf(w, "\nnot reserved\n")
+	}
+	for _, g := range r.Registrations {
+		port := fmt.Sprintf("port %d", g.TargetPort)
+		if g.AllPorts {
+			port = "every port"
+		}
+		fmt.Fprintf(w, "  registered: %s through %s, key %s\n", clean(g.Port), port, g.Key)
+	}
+}
 
 func (a *app) reservationCmd() *cobra.Command {
 	each := func(r api.Reservation, f func(api.Registration) string) string {

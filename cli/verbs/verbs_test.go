@@ -40,6 +40,7 @@ var reads = []struct {
 	{"account_list", []string{"account", "list"}, func() any { return &api.List[api.Account]{} }},
 	{"session_list", []string{"session", "list"}, func() any { return &api.List[api.Session]{} }},
 	{"session_show", []string{"session", "show", "n3", "3"}, nil},
+	{"reservation_list", []string{"reservation", "list"}, func() any { return &api.List[api.Reservation]{} }},
 	{"fence_list", []string{"fence", "list"}, func() any { return &api.List[api.Fence]{} }},
 	{"fence_history", []string{"fence", "history"}, func() any { return &api.List[api.FenceEvent]{} }},
 	{"events", []string{"events"}, func() any { return &api.Event{} }},
@@ -139,7 +140,7 @@ func path(name string) string {
 	return map[string]string{
 		"status": api.PathStatus, "token_list": api.PathTokens, "node_list": api.PathNodes, "node_show": api.PathNodes + "/n2", "quorum_show": api.PathQuorum,
 		"volume_list": api.PathVolumes, "volume_show": api.PathVolumes + "/v1", "target_list": api.PathTargets, "target_show": api.PathTargets + "/" + iqnPath,
-		"lun_list": api.PathLUNs, "session_list": api.PathSessions, "account_list": api.PathAccounts, "fence_list": api.PathFence, "fence_history": api.PathFenceHistory,
+		"lun_list": api.PathLUNs, "session_list": api.PathSessions, "reservation_list": api.PathReservations, "account_list": api.PathAccounts, "fence_list": api.PathFence, "fence_history": api.PathFenceHistory,
 	}[name]
 }
 
