@@ -365,8 +365,17 @@ func (c *Client) current(ctx context.Context) (*conn, error) {
 
 // do sends a call and waits for its end. What does not write is sent again on
 // the next connection.
+// A request at which the connection breaks again and again is given up after
+// Reconnect: it may be what breaks it.
 func (c *Client) do(ctx context.Context, x *call) error {
+	var first time.Time // of the losses
 	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if !first.IsZero() && time.Since(first) > c.o.Reconnect && c.Failed() == nil {
+			return fmt.Errorf("nbd export %q at %s: %w: each connection broke at this request", c.o.Export, c.o.Addr, block.ErrUnreachable)
+		}
 		k, err := c.current(ctx)
 		if err != nil {
 			return err
@@ -388,6 +397,9 @@ func (c *Client) do(ctx context.Context, x *call) error {
 		err = <-x.done
 		if !errors.Is(err, errLost) {
 			return err
+		}
+		if first.IsZero() {
+			first = time.Now()
 		}
 		if x.changes() {
 			if dead := c.Failed(); dead != nil {

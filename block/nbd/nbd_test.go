@@ -284,7 +284,7 @@ func TestLossIsNotHidden(t *testing.T) {
 			t.Parallel()
 			ctx := t.Context()
 			s := newServer(t, 1<<20)
-			c := open(t, Options{Addr: s.sock, Reconnect: 20 * time.Second})
+			c := open(t, Options{Addr: s.sock, Reconnect: 5 * time.Second})
 			if err := lose(ctx, s, c); !errors.Is(err, block.ErrFlushFailed) {
 				t.Fatalf("%v", err)
 			}
@@ -338,6 +338,26 @@ func TestUnreachable(t *testing.T) {
 	}
 	if err := d.Close(); !errors.Is(err, block.ErrFlushFailed) {
 		t.Error(err)
+	}
+}
+
+// TestPoison: a request at which the server always hangs up ends.
+func TestPoison(t *testing.T) {
+	t.Parallel()
+	s := newServer(t, 1<<20)
+	c := open(t, Options{Addr: s.sock, Reconnect: 100 * time.Millisecond})
+	defer c.Close()
+	s.set(func(cmd uint16, off uint64) (uint32, bool) { return 0, cmd == cmdRead && off == 512 })
+	p := make([]byte, 512)
+	if err := c.ReadAt(t.Context(), p, 512); !errors.Is(err, block.ErrUnreachable) {
+		t.Errorf("%v", err)
+	}
+	for began := time.Now(); ; {
+		if err := c.ReadAt(t.Context(), p, 0); err == nil {
+			break
+		} else if time.Since(began) > 20*time.Second {
+			t.Fatalf("its neighbour: %v", err)
+		}
 	}
 }
 
