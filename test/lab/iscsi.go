@@ -46,18 +46,23 @@ func (g *Guest) Login(target, portal string, disks int) []string {
 // appear: there is no udev.
 func (g *Guest) Disks(target, portal string, disks int) []string {
 	g.t.Helper()
-	out := g.MustRun(fmt.Sprintf(`devs=
+	// Words of bash only: a program for each look would take longer than what is waited for.
+	out := g.MustRun(fmt.Sprintf(`devs=()
 for i in $(seq 300); do
 	for s in /sys/class/iscsi_session/session*; do
-		[ "$(cat $s/targetname)" = %[1]s ] || continue
-		c=$(echo $s/device/connection*/iscsi_connection/connection*)
-		[ "$(cat $c/persistent_address):$(cat $c/persistent_port)" = %[2]s ] || continue
-		devs=$(cd $s/device && ls -d target*/*/block/* 2>/dev/null | sed 's|.*/|/dev/|') || true
-		if [ "$(echo $devs | wc -w)" = %[3]d ]; then echo disks: $devs; exit 0; fi
+		read -r name <$s/targetname || continue
+		[ "$name" = %[1]s ] || continue
+		c=($s/device/connection*/iscsi_connection/connection*)
+		read -r address <$c/persistent_address || continue
+		read -r port <$c/persistent_port || continue
+		[ "$address:$port" = %[2]s ] || continue
+		devs=()
+		for d in $s/device/target*/*/block/*; do [ -e $d ] && devs+=(/dev/${d##*/}); done
+		if [ ${#devs[@]} = %[3]d ]; then echo disks: ${devs[@]}; exit 0; fi
 	done
 	sleep 0.05
 done
-echo "want %[3]d disks of the session, have: $devs"; exit 1`, target, withPort(portal), disks))
+echo "want %[3]d disks of the session, have: ${devs[@]}"; exit 1`, target, withPort(portal), disks))
 	_, devs, _ := strings.Cut(out, "disks: ")
 	return strings.Fields(devs)
 }

@@ -1,6 +1,8 @@
 package lab
 
 import (
+	"bytes"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -126,10 +128,11 @@ Logging in to [iface: default, ` + portal
 	}
 	again := func(conf ...string) {
 		t.Helper()
-		g.MustRun(records + "\nsed -i '/^node.session.auth/d' /etc/iscsi/iscsid.conf")
+		script := records + "\nsed -i '/^node.session.auth/d' /etc/iscsi/iscsid.conf\n"
 		for _, c := range conf {
-			g.MustRun("echo 'node.session.auth." + c + "' >> /etc/iscsi/iscsid.conf")
+			script += "echo 'node.session.auth." + c + "' >> /etc/iscsi/iscsid.conf\n"
 		}
+		g.MustRun(script)
 		expect(t, g, discover, 0, "192.168.0.11:3260,1 "+iqn)
 	}
 	method, user := "authmethod = CHAP", "username = christina"
@@ -186,30 +189,37 @@ Logging in to [iface: default, ` + portal
 func digests(t *testing.T, l *Lab, capture *testproc.Proc, g *Guest, node, iqn, store string) {
 	const size = 2 << 20
 	var want []string // of each session
+	written, stored := make([]byte, size), make([]byte, size)
 	for i, header := range []string{"None", "CRC32C"} {
 		for k, data := range []string{"None", "CRC32C"} {
 			g.MustRun(fmt.Sprintf("%[1]s -o update -n node.conn[0].iscsi.HeaderDigest -v %[2]s; %[1]s -o update -n node.conn[0].iscsi.DataDigest -v %[3]s; %[1]s -l",
 				node, header, data))
 			dev := g.Disks(iqn, "192.168.0.11", 1)[0]
 			expect(t, g, "cat /sys/class/iscsi_connection/*/header_digest /sys/class/iscsi_connection/*/data_digest", 0, fmt.Sprintf("%d\n%d", i, k))
-			expect(t, g, "iscsiadm -m session -P 3 | grep Digest: | tr -d '\\t'", 0, "HeaderDigest: "+header+"\nDataDigest: "+data)
+			lines(t, g, "iscsiadm -m session -P 2", 0, "HeaderDigest: "+header, "DataDigest: "+data)
 			at := 2*i + k
-			sum := g.MustRun(fmt.Sprintf(`head -c %[1]d /dev/urandom > /tmp/data
-dd if=/tmp/data of=%[2]s bs=1M seek=%[3]d oflag=direct conv=notrunc status=none
-dd if=%[2]s bs=1M skip=%[3]d count=%[4]d iflag=direct status=none | cmp - /tmp/data
-sha256sum < /tmp/data; %[5]s -u >&2`, size, dev, at*size>>20, size>>20, node))
+			rand.Read(written)
+			if err := os.WriteFile(filepath.Join(l.Share, "written"), written, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			g.MustRun(fmt.Sprintf(`dd if=/lab/written of=%[1]s bs=1M seek=%[2]d oflag=direct conv=notrunc status=none
+dd if=%[1]s of=/lab/back bs=1M skip=%[2]d count=%[3]d iflag=direct status=none
+%[4]s -u`, dev, at*size>>20, size>>20, node))
+			back, err := os.ReadFile(filepath.Join(l.Share, "back"))
+			if err != nil {
+				t.Fatal(err)
+			}
 			f, err := os.Open(store)
 			if err != nil {
 				t.Fatal(err)
 			}
-			b := make([]byte, size)
-			_, err = f.ReadAt(b, int64(at)*size)
+			_, err = f.ReadAt(stored, int64(at)*size)
 			f.Close()
 			if err != nil {
 				t.Fatal(err)
 			}
-			if s := sum256(b); !strings.HasPrefix(sum, s) {
-				t.Errorf("HeaderDigest=%s DataDigest=%s: the target stored %s, want %s", header, data, s, sum)
+			if !bytes.Equal(back, written) || !bytes.Equal(stored, written) {
+				t.Errorf("HeaderDigest=%s DataDigest=%s: read back what was written: %v; the target stored it: %v", header, data, bytes.Equal(back, written), bytes.Equal(stored, written))
 			}
 			want = append(want, header+" "+data)
 		}

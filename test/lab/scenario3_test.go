@@ -93,9 +93,11 @@ iscsiadm -m node -T ` + iqn + ` -l`)
 		t.Helper()
 		out := g.MustRun(`for i in $(seq 200); do
 	for s in /sys/class/iscsi_session/session*; do
-		[ "$(cat $s/initiatorname)" = ` + initiator + ` ] || continue
-		devs=$(cd $s/device && ls -d target*/*:[12]/block/* 2>/dev/null | sed 's|.*/|/dev/|') || true
-		[ "$(echo $devs | wc -w)" = 2 ] && echo $devs && exit 0
+		read -r name <$s/initiatorname || continue
+		[ "$name" = ` + initiator + ` ] || continue
+		devs=()
+		for d in $s/device/target*/*:[12]/block/*; do [ -e $d ] && devs+=(/dev/${d##*/}); done
+		if [ ${#devs[@]} = 2 ]; then echo ${devs[@]}; exit 0; fi
 	done
 	sleep 0.05
 done; exit 1`)
@@ -319,7 +321,7 @@ func modes(t *testing.T, g *Guest, dev, other string) {
 	g.MustRun("echo 'write back' > " + cache)
 	lines(t, g, "sg_turs -v "+other, sgUnitAttention, "…ode parameters changed…")
 	lines(t, g, "sg_modes -p 8 "+other, 0, "00     08 12 04 00 00 00 00 00  00 00 00 00 00 00 00 00")
-	lines(t, g, "sg_modes -p 0x19 "+dev, sgIllegalRequest)
+	lines(t, g, "sg_modes -p 0x2d "+dev, sgIllegalRequest)
 }
 
 // reservations: the life of persistent reservations of two initiators, by sg_persist.

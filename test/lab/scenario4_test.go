@@ -40,6 +40,10 @@ func TestScenario4KillsUnderIO(t *testing.T) {
 	g := l.Boot(Config{Name: "host1", Links: []Link{{br, "10.99.0.11/24"}}, Lifetime: time.Duration(kills)*time.Minute + DefaultLifetime})[0]
 	g.StartInitiator("iqn.2026-11.lab.blockhouse:host1")
 	g.Discover(br.IP())
+	// With digests, so that the kernel judges every byte that comes back too.
+	for _, d := range []string{"HeaderDigest", "DataDigest"} {
+		g.MustRun("iscsiadm -m node -o update -n node.conn[0].iscsi." + d + " -v CRC32C")
+	}
 	devs := g.Login(iqn, br.IP(), 2)
 	g.MustRun("mkfs.ext4 -q " + devs[0] + "; mkdir /mnt/e; mount " + devs[0] + " /mnt/e")
 	// A reservation that nobody but this initiator port may write under: it survives with the session's name.

@@ -2,8 +2,6 @@ package lab
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"os/exec"
@@ -83,9 +81,4 @@ func (s *served) within(what string, ok func([]api.Session) bool) {
 		l, err := api.Get[api.List[api.Session]](ctx, s.API(), api.PathSessions)
 		return err == nil && ok(l.Items), fmt.Sprintf("%+v, %v", l.Items, err)
 	})
-}
-
-func sum256(b []byte) string {
-	h := sha256.Sum256(b)
-	return hex.EncodeToString(h[:])
 }
