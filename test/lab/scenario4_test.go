@@ -29,7 +29,7 @@ func TestScenario4KillsUnderIO(t *testing.T) {
 	l := New(t)
 	l.Build("./test/lab/cmd/labjournal")
 	br := l.Bridge("10.99.0.1/24")
-	s := serve(t, l, br)
+	s := serveAs(t, l, br)
 	const iqn = "iqn.2026-11.lab.blockhouse:crash"
 	disk, raw := s.file("fs", 256<<20), s.file("raw", crashSlots*journal.Size)
 	s.adm("tgtadm --lld iscsi --op new --mode target --tid 1 -T "+iqn,

@@ -23,14 +23,21 @@ type served struct {
 	dir string // of the stores
 }
 
-// serve starts it at the hub's address on br.
+// serve starts it at the hub's address on br. It is patient: a guest that a busy machine lets wait for seconds keeps its
+// session, and no unit attention of a lost one comes where none is expected.
 func serve(t *testing.T, l *Lab, br *testnet.Bridge) *served {
+	t.Helper()
+	return serveAs(t, l, br, cluster.Profile("wan"), cluster.Config("[iscsi]\nnop_timeout = \"30s\""))
+}
+
+// serveAs is serve with the options of the cluster given; without any it is as it is shipped.
+func serveAs(t *testing.T, l *Lab, br *testnet.Bridge, opts ...cluster.Option) *served {
 	t.Helper()
 	dir := filepath.Join(l.Artefacts, "stores")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	c := cluster.New(t, 1, cluster.Within(l.Net.Hub(), br.IP())).Up()
+	c := cluster.New(t, 1, append(opts, cluster.Within(l.Net.Hub(), br.IP()))...).Up()
 	t.Cleanup(c.Nodes[0].API().Close)
 	return &served{Node: c.Nodes[0], t: t, c: c, dir: dir}
 }
