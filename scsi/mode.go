@@ -14,6 +14,7 @@ const (
 	ModeInfoExceptions  = 0x1C
 	ModeAllPages        = 0x3F
 	SubpageControlExt   = 0x01
+	SubpageProvisioning = 0x02 // of ModeInfoExceptions: logical block provisioning
 	SubpageAll          = 0xFF
 	ModeCurrent         = 0
 	ModeChangeable      = 1

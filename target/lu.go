@@ -25,6 +25,7 @@ type logicalUnit struct {
 	mode      modeState
 	ranges    rangeQueue
 	order     taskOrder
+	usage     usage
 	pool      pool
 	medium    mediumState
 	sanitizer sanitizer
@@ -41,7 +42,7 @@ func newLogicalUnit(l *LUN, wg *sync.WaitGroup) *logicalUnit {
 		u.gate = Open{}
 	}
 	u.size.Store(u.dev.Info().Size)
-	u.mode.init(u.dev.Info().Caps.WriteCache && !l.NoCache)
+	u.mode.init(u.dev.Info().Caps.WriteCache && !l.NoCache, u.dev.Info().Caps.Thin)
 	u.pool.wg = wg
 	u.medium.init()
 	u.order.init()

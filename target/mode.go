@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"sync"
+	"sync/atomic"
 
 	"github.com/blockhouse-san/blockhouse/scsi"
 )
@@ -19,6 +20,8 @@ type modeState struct {
 	mu    sync.RWMutex
 	pages []modePage
 	cache bool // the store has a write cache
+	thin  bool
+	armed atomic.Bool // a threshold is enabled
 }
 
 // Bits of pages (SPC-4 7.5, SBC-3 6.5), as offsets into the body.
@@ -30,10 +33,10 @@ const (
 	errorRecovery0 = 0xC0 // AWRE, ARRE
 )
 
-func (m *modeState) init(writeCache bool) {
+func (m *modeState) init(writeCache, thin bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.cache = writeCache
+	m.cache, m.thin = writeCache, thin
 	caching := make([]byte, 18)
 	if writeCache {
 		caching[0] = cachingWCE
@@ -57,14 +60,18 @@ func (m *modeState) init(writeCache bool) {
 		{scsi.ModeControl, scsi.SubpageControlExt, none(28), none(28), none(28)},
 		{scsi.ModeInfoExceptions, 0, none(10), none(10), none(10)},
 	}
+	if thin {
+		m.pages = append(m.pages, thresholdPage())
+	}
+	m.arm()
 }
 
 // reset restores the defaults at a logical unit reset.
 func (m *modeState) reset() {
 	m.mu.RLock()
-	c := m.cache
+	c, thin := m.cache, m.thin
 	m.mu.RUnlock()
-	m.init(c)
+	m.init(c, thin)
 }
 
 func (m *modeState) bit(page uint8, at int, bit byte) bool {
@@ -257,5 +264,6 @@ func (m *modeState) choose(ps []scsi.ModePage, at []int) (changed bool, err erro
 			changed = true
 		}
 	}
+	m.arm()
 	return changed, nil
 }

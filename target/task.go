@@ -607,6 +607,9 @@ func (t *task) run(ctx context.Context) {
 		} else {
 			begin := t.c.srv.now()
 			err = t.h.run(x)
+			if t.cdb.Cmd.Effect == scsi.EffectWrite {
+				t.lu.wrote(s)
+			}
 			if !t.h.memory && !t.h.slow {
 				t.lu.observe(t.c.srv.now()-begin, max(len(x.data), t.want))
 			}
