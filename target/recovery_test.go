@@ -262,8 +262,8 @@ func TestDataDigestRecovery(t *testing.T) {
 	c.rejected(iscsi.RejectDataDigest)
 	c.sendCorrupt(uns(1, 6144, true), data[6144:8192])
 	c.rejected(iscsi.RejectDataDigest)
-	// Both are asked for, then the rest; one of those sequences is hurt in its middle,
-	// and the recovery itself, too.
+	// Both are asked for, then the rest; of those sequences the last PDU of all is hurt,
+	// and the recovery itself, too: until then nothing may be done.
 	hurt, again := 0, 0
 	for seen := 0; seen < len(data)-4096; {
 		var r iscsi.R2T
@@ -275,7 +275,7 @@ func TestDataDigestRecovery(t *testing.T) {
 		for sn := uint32(0); off < end; sn++ {
 			n := min(2048, end-off)
 			d := &iscsi.DataOut{Final: off+n == end, LUN: p.LUN, ITT: p.ITT, TTT: r.TTT, DataSN: sn, Offset: uint32(off), ExpStatSN: c.expSN}
-			if hurt == 0 && off == 4096 || hurt == 1 && off == 20480 || hurt == 2 && off == 20480 {
+			if hurt == 0 && off == 4096 || hurt > 0 && hurt < 3 && off == len(data)-2048 {
 				hurt++
 				c.sendCorrupt(d, data[off:off+n])
 				c.rejected(iscsi.RejectDataDigest)

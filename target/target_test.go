@@ -1030,13 +1030,14 @@ func TestManySessions(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, Options{}, lunOf(t, 0), lunOf(t, 1))
 	var wg sync.WaitGroup
-	for i := range 16 {
-		c := b.ready(loginOpt{name: fmt.Sprintf("iqn.2026-01.net.host:%d", i), keys: kv("MaxBurstLength=4096", "FirstBurstLength=1024", "InitialR2T=No")})
+	for i := range 64 {
+		c := b.ready(loginOpt{name: fmt.Sprintf("iqn.2026-01.net.host:%d", i),
+			keys: kv("MaxBurstLength=4096", "FirstBurstLength=1024", "InitialR2T=No", fmt.Sprintf("ErrorRecoveryLevel=%d", i%2))})
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
 			p := bytes.Repeat([]byte{byte(i + 1)}, 8192)
-			for k := range 20 {
+			for k := range 10 {
 				lba := uint64(i * 16)
 				l := scsi.LUN(k % 2)
 				r, err := c.tryDo(c.command(l, scsi.Write(lba, 16, k%5 == 0), p, 0), p)
