@@ -80,13 +80,12 @@ func TestOrderProperty(t *testing.T) {
 		b := &bench{t: t, srv: srv, conf: Config{Targets: []Target{{IQN: testIQN, TPGT: 1, RelPort: 1, Portals: []netip.AddrPort{anyPort}, ACL: ACL{Open: true}, LUNs: []LUN{l}}}}}
 		b.apply()
 		m := b.multi(conns, loginOpt{keys: kv(fmt.Sprintf("ErrorRecoveryLevel=%d", level))})
-		for i, s := range steps {
+		for _, s := range steps {
 			if s.write {
 				s.p = m.command(s.conn, scsi.Write(s.block, 1, false), make([]byte, 512), 0)
 			} else {
 				s.p = m.command(s.conn, scsi.Read(s.block, 1), nil, 512)
 			}
-			_ = i
 		}
 		var mu sync.Mutex
 		byTag := map[uint32]*step{}
@@ -104,7 +103,8 @@ func TestOrderProperty(t *testing.T) {
 			}
 		}
 		var readers sync.WaitGroup
-		for _, c := range m.c {
+		write := make([]sync.Mutex, conns)
+		for i, c := range m.c {
 			readers.Go(func() {
 				got := map[uint32]byte{}
 				for {
@@ -128,6 +128,14 @@ func TestOrderProperty(t *testing.T) {
 						}
 						s.done, s.read = true, got[bh.ITT()]
 						end(s)
+					case iscsi.OpNopIn: // task management waits for our acknowledgement
+						var ping iscsi.NopIn
+						if err := ping.Decode(bh); err != nil {
+							r.Errorf("%v", err)
+						}
+						write[i].Lock()
+						_ = c.trySend(&iscsi.NopOut{Immediate: true, ITT: iscsi.ReservedTag, TTT: ping.TTT, ExpStatSN: c.expSN})
+						write[i].Unlock()
 					case iscsi.OpTaskMgmtResp:
 						aborted <- struct{}{}
 					}
@@ -170,7 +178,10 @@ func TestOrderProperty(t *testing.T) {
 					lost := x.conn == i && !x.done
 					mu.Unlock()
 					if lost {
-						m.tmf(0, iscsi.FuncAbortTask, x.p.ITT, x.p.CmdSN)
+						m.itt++
+						write[0].Lock()
+						m.c[0].send(&iscsi.TaskMgmtRequest{Immediate: true, Function: iscsi.FuncAbortTask, ITT: m.itt, RefTag: x.p.ITT, CmdSN: m.cmdSN, RefCmdSN: x.p.CmdSN})
+						write[0].Unlock()
 						<-aborted
 						mu.Lock()
 						end(x)
@@ -186,7 +197,9 @@ func TestOrderProperty(t *testing.T) {
 			}
 			s.sent = true
 			s.p.ExpStatSN = 0
+			write[i].Lock()
 			m.c[i].send(s.p, data)
+			write[i].Unlock()
 		}
 		left.Wait()
 		for _, c := range m.c {

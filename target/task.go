@@ -29,6 +29,7 @@ type task struct {
 	s         *session
 	c         *conn
 	itt       uint32
+	cmdSN     iscsi.Serial
 	immediate bool
 	final     bool // no unsolicited Data-Out follows
 	read      bool
@@ -838,6 +839,11 @@ func (c *conn) taskMgmt(p *iscsi.TaskMgmtRequest) {
 		s.mu.Unlock()
 		switch {
 		case t != nil && t.wireLUN == p.LUN:
+			// A command that waited for its turn on a connection that was lost a moment
+			// ago has left a gap.
+			if !t.immediate && t.cmdSN == p.RefCmdSN && !early && exp.LessEq(p.RefCmdSN) && s.inWindow(p.RefCmdSN) {
+				s.order(turn{c: c, f: func() {}}, p.RefCmdSN, false)
+			}
 			s.abort(func(x *task) bool { return x == t }, complete)
 		case t != nil:
 			answer(iscsi.TaskNotFound)
