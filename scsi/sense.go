@@ -137,6 +137,7 @@ const (
 	ASCTooMuchWriteData        ASC = 0x4B02
 	ASCDataOffset              ASC = 0x4B05
 	ASCOverlapped              ASC = 0x4E00
+	ASCFormatFailed            ASC = 0x3101
 	ASCSanitizeFailed          ASC = 0x3103
 	ASCRemovalPrevented        ASC = 0x5302
 	ASCNoResources             ASC = 0x5503
@@ -205,6 +206,7 @@ var ascNames = map[ASC]string{
 	ASCTooMuchWriteData:        "TOO MUCH WRITE DATA",
 	ASCDataOffset:              "DATA OFFSET ERROR",
 	ASCOverlapped:              "OVERLAPPED COMMANDS ATTEMPTED",
+	ASCFormatFailed:            "FORMAT COMMAND FAILED",
 	ASCSanitizeFailed:          "SANITIZE COMMAND FAILED",
 	ASCRemovalPrevented:        "MEDIUM REMOVAL PREVENTED",
 	ASCNoResources:             "INSUFFICIENT RESOURCES",

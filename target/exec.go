@@ -139,11 +139,11 @@ func (t *task) mediumReady(cmd *scsi.Command) *scsi.Sense {
 		case scsi.OpInquiry, scsi.OpReportLuns, scsi.OpRequestSense, scsi.OpPersistentReserveIn, scsi.OpPersistentReserve, scsi.OpReserve6, scsi.OpReserve10,
 			scsi.OpRelease6, scsi.OpRelease10, scsi.OpLogSense, scsi.OpModeSense6, scsi.OpModeSense10, scsi.OpMaintenanceIn:
 		default:
-			return &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASCSanitizeInProgress, HasProgress: true, Progress: uint16(p)}
+			return &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASC(m.busy.Load()), HasProgress: true, Progress: uint16(p)}
 		}
 	}
-	if m.sanitizeKO.Load() && (cmd.Effect == scsi.EffectRead || cmd.Effect == scsi.EffectWrite) && cmd.Op != scsi.OpSanitize {
-		return scsi.Check(scsi.MediumError, scsi.ASCSanitizeFailed)
+	if m.sanitizeKO.Load() && (cmd.Effect == scsi.EffectRead || cmd.Effect == scsi.EffectWrite) && cmd.Op != scsi.OpSanitize && cmd.Op != scsi.OpFormatUnit {
+		return scsi.Check(scsi.MediumError, scsi.ASC(m.ko.Load()))
 	}
 	switch cmd.Effect {
 	case scsi.EffectRead, scsi.EffectWrite, scsi.EffectFlush, scsi.EffectState:

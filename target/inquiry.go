@@ -189,7 +189,7 @@ func runRequestSense(x *exec) error {
 	if x.lu == nil {
 		s = scsi.Check(scsi.IllegalRequest, scsi.ASCLUNotSupported)
 	} else if p := x.lu.medium.sanitizing.Load(); p >= 0 {
-		s = &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASCSanitizeInProgress, HasProgress: true, Progress: uint16(p)}
+		s = &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASC(x.lu.medium.busy.Load()), HasProgress: true, Progress: uint16(p)}
 	} else if code, ok := x.s.attention(x.lu); ok {
 		s = scsi.Check(scsi.UnitAttention, code)
 	}

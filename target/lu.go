@@ -96,9 +96,11 @@ type mediumState struct {
 	mu      sync.Mutex
 	ejected bool
 	prevent map[pr.Nexus]bool
-	// sanitizing is the progress of a SANITIZE under way, -1 = none.
+	// sanitizing is the progress of a SANITIZE or FORMAT UNIT under way, -1 = none;
+	// sanitizeKO tells that the last one failed. busy and ko are the codes of both.
 	sanitizing atomic.Int64
 	sanitizeKO atomic.Bool
+	busy, ko   atomic.Uint32
 }
 
 func (m *mediumState) init() {

@@ -89,33 +89,49 @@ func runSanitize(x *exec) error {
 		u.medium.sanitizeKO.Store(false)
 		return nil
 	}
-	var job func(context.Context, *progress) error
+	var run func(context.Context, *progress) error
 	if x.cdb.Cmd.SA == scsi.SASanitizeOverwrite {
 		passes, invert, p, err := x.pattern()
 		if err != nil {
 			return err
 		}
-		job = func(ctx context.Context, pr *progress) error { return u.overwrite(ctx, passes, invert, p, pr) }
+		run = func(ctx context.Context, pr *progress) error { return u.overwrite(ctx, passes, invert, p, pr) }
 	} else if x.cdb.Cmd.SA == scsi.SASanitizeCryptoErase {
-		job = u.cryptoErase
+		run = u.cryptoErase
 	} else {
-		job = u.erase
+		run = u.erase
 	}
+	return x.start(job{scsi.ASCSanitizeInProgress, scsi.ASCSanitizeFailed, x.cdb.Is(scsi.FImmed), run})
+}
+
+// job is an operation on the whole medium that outlives its command: SANITIZE or
+// FORMAT UNIT.
+type job struct {
+	busy, ko scsi.ASC // told while it runs, and after it failed
+	immed    bool     // status comes at once
+	run      func(context.Context, *progress) error
+}
+
+// start begins a job and, unless it is immediate, waits for it.
+func (x *exec) start(j job) error {
+	u := x.lu
 	z := &u.sanitizer
 	z.mu.Lock()
 	if z.cancel != nil {
 		z.mu.Unlock()
-		return &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASCSanitizeInProgress, HasProgress: true, Progress: uint16(max(0, u.medium.sanitizing.Load()))}
+		return &scsi.Sense{Key: scsi.NotReady, Code: scsi.ASC(u.medium.busy.Load()), HasProgress: true, Progress: uint16(max(0, u.medium.sanitizing.Load()))}
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	z.cancel, z.done, z.by, z.err = cancel, make(chan struct{}), x.s.name, nil
 	done := z.done
 	z.mu.Unlock()
+	u.medium.busy.Store(uint32(j.busy))
+	u.medium.ko.Store(uint32(j.ko))
 	u.medium.sanitizeKO.Store(false)
 	u.medium.sanitizing.Store(0)
 	log := x.s.log.With(zap.String("volume", u.volume), zap.Stringer("command", x.cdb.Cmd))
 	in := x.s.incarnation(u)
-	log.Warn("sanitize begins: all data of the volume will be destroyed")
+	log.Warn("operation begins: all data of the volume will be destroyed")
 	u.background(func(context.Context) {
 		// Commands that were accepted before wait no more for anything but the
 		// medium: the lock comes after the last of them.
@@ -123,15 +139,15 @@ func runSanitize(x *exec) error {
 		if !u.ranges.add(l) {
 			<-l.wake
 		}
-		err := job(ctx, &progress{u: u, in: in})
+		err := j.run(ctx, &progress{u: u, in: in})
 		cancel()
 		if ready := u.ranges.release(l); len(ready) > 0 {
 			u.pool.submit(ready...)
 		}
 		if err != nil {
-			log.Error("sanitize failed", zap.Error(err))
+			log.Error("operation failed", zap.Error(err))
 		} else {
-			log.Info("sanitize is complete")
+			log.Info("operation is complete")
 		}
 		z.mu.Lock()
 		z.cancel, z.err = nil, err
@@ -140,7 +156,7 @@ func runSanitize(x *exec) error {
 		close(z.done)
 		z.mu.Unlock()
 	})
-	if x.cdb.Is(scsi.FImmed) {
+	if j.immed {
 		return nil
 	}
 	// An abort ends the command, not the operation.
@@ -152,7 +168,7 @@ func runSanitize(x *exec) error {
 	z.mu.Lock()
 	defer z.mu.Unlock()
 	if z.err != nil {
-		return scsi.Check(scsi.MediumError, scsi.ASCSanitizeFailed)
+		return scsi.Check(scsi.MediumError, j.ko)
 	}
 	return nil
 }
