@@ -437,3 +437,37 @@ func TestJoinAsAnother(t *testing.T) {
 		t.Errorf("%+v", i)
 	}
 }
+
+// Initiators that are asked to log out are told on every connection; who does not in
+// time is reset.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, Options{}, lunOf(t, 0))
+	m := b.multi(2, loginOpt{})
+	deaf := b.ready(loginOpt{name: "iqn.2026-01.net.host:deaf"})
+	other := b.ready(loginOpt{name: "iqn.2026-01.net.host:other"})
+	type result struct{ drained, reset int }
+	done := make(chan result, 1)
+	go func() {
+		n, k := b.srv.Drain(context.Background(), func(i SessionInfo) bool { return i.Initiator != "iqn.2026-01.net.host:other" }, 500*time.Millisecond)
+		done <- result{n, k}
+	}()
+	for i, c := range m.c {
+		var a iscsi.Async
+		if c.must(&a); a.Event != iscsi.AsyncLogoutRequest || a.Param1 != uint16(i+1) || a.Param3 != 1 {
+			t.Errorf("%+v", a)
+		}
+	}
+	m.c[1].send(&iscsi.LogoutRequest{Immediate: true, Reason: iscsi.LogoutSession, ITT: 0x9999, CmdSN: m.cmdSN, ExpStatSN: m.c[1].expSN})
+	var r iscsi.LogoutResponse
+	m.c[1].must(&r)
+	m.c[0].gone()
+	if got := <-done; got != (result{2, 1}) {
+		t.Errorf("%+v", got)
+	}
+	deaf.gone()
+	other.do(0, scsi.TestUnitReady(), nil, 0).want(t, "another session", scsi.StatusGood, 0, 0)
+	if n := len(b.srv.Sessions()); n != 1 {
+		t.Errorf("%d sessions", n)
+	}
+}

@@ -929,9 +929,47 @@ func (s *Server) ResetSessions(match func(SessionInfo) bool) int {
 	return len(out)
 }
 
+// Drain asks the initiators of the sessions that match to log out, on every connection
+// (RFC 7143 11.9.1, event 1), and resets after within, or when ctx ends, those that did
+// not. It returns their number when none of their commands is in the backend any more,
+// and how many had to be reset. New logins are the caller's to refuse: Target.Offline.
+func (s *Server) Drain(ctx context.Context, match func(SessionInfo) bool, within time.Duration) (drained, reset int) {
+	var asked []*session
+	for _, x := range s.list() {
+		if !match(x.info()) {
+			continue
+		}
+		asked = append(asked, x)
+		for _, c := range x.connections() {
+			c.queue(response{pdu: &iscsi.Async{Event: iscsi.AsyncLogoutRequest, Param1: c.cid,
+				Param3: uint16(min((within+time.Second-1)/time.Second, 65535))}})
+			c.kick()
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	for _, x := range asked {
+		select {
+		case <-x.drained:
+		case <-ctx.Done():
+			select {
+			case <-x.drained:
+			default:
+				reset++
+				x.end(errNotDrained)
+			}
+		}
+	}
+	for _, x := range asked {
+		<-x.drained
+	}
+	return len(asked), reset
+}
+
 var (
-	errReset = errors.New("session was reset")
-	errCut   = errors.New("the initiator was fenced")
+	errNotDrained = errors.New("the initiator did not log out when it was asked to")
+	errReset      = errors.New("session was reset")
+	errCut        = errors.New("the initiator was fenced")
 )
 
 // CutInitiator fences initiators: they cannot log in until a later Apply leaves
