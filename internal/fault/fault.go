@@ -24,6 +24,8 @@ const (
 	LeaderWaitsForOldLeases Rule = "leader-waits-for-old-leases"
 	// AdmitWaitsForAttempts: nobody is a member again while a fence attempt may still act on it (SAFETY §3).
 	AdmitWaitsForAttempts Rule = "admit-waits-for-attempts"
+	// TargetsCut: a target does cut an evicted node off before it says so (SAFETY §3).
+	TargetsCut Rule = "targets-cut"
 	// CutDrainsFirst: a target acks a cut only when nothing of the victim is in the backend (SAFETY §3).
 	CutDrainsFirst Rule = "cut-drains-first"
 	// ReserveAppliedFirst: a PERSISTENT RESERVE OUT is answered when the primary enforces it (SAFETY §4).
