@@ -59,6 +59,17 @@ type Device struct {
 	// broken: a record that must not be undone may lie in the journal, so nothing
 	// more may be written.
 	broken syncatomic.Pointer[error]
+
+	undoneOff, undoneLen int64 // at Open
+}
+
+// Format makes a journal empty, durably. It gives the record's header its room on
+// a sparse file, so that a full disk does not keep a record from being forgotten.
+func Format(ctx context.Context, journal block.Device) error {
+	if err := journal.WriteAt(ctx, block.Alloc(header), 0, block.FUA); err != nil {
+		return fmt.Errorf("make a journal of atomic writes: %w", err)
+	}
+	return nil
 }
 
 // Open joins a store and its journal, which it undoes a write from that did not
@@ -102,7 +113,25 @@ func (d *Device) recover(ctx context.Context) error {
 	if err := d.restore(ctx, d.buf[header:header+n], off); err != nil {
 		return fmt.Errorf("undo [%d,+%d): %w", off, n, err)
 	}
+	d.undoneOff, d.undoneLen = off, n
 	return d.forget(ctx)
+}
+
+// Undone tells the range in bytes of the write that Open undid; a length of 0 if
+// there was none.
+func (d *Device) Undone() (off, n int64) { return d.undoneOff, d.undoneLen }
+
+// Inner is the store under the journal (block.Wrapper).
+func (d *Device) Inner() block.Device { return d.Device }
+
+// Failed is why the store is lost (block.Failer). A journal that cannot be
+// written is no reason as long as nothing has to be undone: ordinary writes do
+// without it.
+func (d *Device) Failed() error {
+	if err := d.failed(); err != nil {
+		return err
+	}
+	return block.Failed(d.Device)
 }
 
 // forget makes the record none.
@@ -136,13 +165,15 @@ func (d *Device) restore(ctx context.Context, p []byte, off int64) error {
 	return d.Device.Flush(ctx)
 }
 
-// AtomicLimits are a megabyte and the physical block.
+// AtomicLimits are a megabyte and the physical block. A store that is read-only,
+// or whose physical block is longer than the journal, has none.
 func (d *Device) AtomicLimits() (longest, unit int64) {
 	i := d.Info()
-	if i.Caps.ReadOnly {
+	unit = int64(i.PhysBlock)
+	if i.Caps.ReadOnly || unit > Longest {
 		return 0, 0
 	}
-	return Longest, int64(i.PhysBlock)
+	return Longest / unit * unit, unit
 }
 
 // WriteAtomic writes p at off, whole or not at all.
@@ -154,6 +185,8 @@ func (d *Device) WriteAtomic(ctx context.Context, p []byte, off int64) error {
 		return fmt.Errorf("atomic write: %w", err)
 	case n > longest:
 		return fmt.Errorf("atomic write: %w: %d bytes, at most %d", block.ErrOutOfRange, n, longest)
+	case unit == 0: // and nothing to write
+		return nil
 	case off%unit != 0 || n%unit != 0:
 		return fmt.Errorf("atomic write: %w: [%d,+%d), unit %d", block.ErrMisaligned, off, n, unit)
 	case n == 0:

@@ -162,6 +162,9 @@ func TestUndo(t *testing.T) {
 	if err := d.WriteAt(ctx, old, 0, 0); !errors.Is(err, block.ErrMedium) {
 		t.Error("a write over an unsettled record:", err)
 	}
+	if err := block.Failed(d); !errors.Is(err, block.ErrMedium) {
+		t.Error("the store is said to be good:", err)
+	}
 }
 
 func TestLimits(t *testing.T) {
@@ -202,5 +205,83 @@ func TestLimits(t *testing.T) {
 	}
 	if _, err := Open(ctx, a, a, [16]byte{8}); err == nil {
 		t.Error("a journal that is too small was taken")
+	}
+}
+
+type unlike struct {
+	block.Device
+	info block.Info
+}
+
+func (u unlike) Info() block.Info { return u.info }
+
+// TestNoAtomicWrites: where there are none the limits say so.
+func TestNoAtomicWrites(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*block.Info){
+		"read-only":             func(i *block.Info) { i.Caps.ReadOnly = true },
+		"a long physical block": func(i *block.Info) { i.PhysBlock = 2 * Longest },
+	} {
+		u := unlike{Device: store(t, 1<<20)}
+		u.info = u.Device.Info()
+		change(&u.info)
+		d := open(t, u, store(t, JournalSize))
+		if n, unit := d.AtomicLimits(); n != 0 || unit != 0 {
+			t.Errorf("%s: %d bytes in units of %d", name, n, unit)
+		}
+		if err := d.WriteAtomic(t.Context(), nil, 0); err != nil {
+			t.Errorf("%s: nothing to write: %v", name, err)
+		}
+		if err := d.WriteAtomic(t.Context(), make([]byte, 4096), 0); !errors.Is(err, block.ErrOutOfRange) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestPassThrough: reads, writes and flushes cost no allocation more than those
+// of the store.
+func TestPassThrough(t *testing.T) {
+	ctx, s := t.Context(), store(t, 1<<20)
+	d := open(t, s, store(t, JournalSize))
+	defer d.Close()
+	p := make([]byte, 4096)
+	allocs := func(d block.Device) float64 {
+		return testing.AllocsPerRun(100, func() {
+			if err := errors.Join(d.WriteAt(ctx, p, 0, 0), d.ReadAt(ctx, p, 0), d.Flush(ctx)); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	if a, b := allocs(s), allocs(d); b > a {
+		t.Errorf("%v allocations, %v of them the store's", b, a)
+	}
+}
+
+func BenchmarkWrite(b *testing.B) {
+	s, err := mem.New(1<<20, 512)
+	if err != nil {
+		b.Fatal(err)
+	}
+	j, err := mem.New(JournalSize, 512)
+	if err != nil {
+		b.Fatal(err)
+	}
+	d, err := Open(b.Context(), s, j, [16]byte{7})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer d.Close()
+	p := make([]byte, 4096)
+	for name, dev := range map[string]block.Device{"store": s, "journal": d} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if err := dev.WriteAt(b.Context(), p, 0, 0); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

@@ -131,7 +131,7 @@ func TestOpenGiven(t *testing.T) {
 		t.Fatal(err)
 	}
 	vol := func(store string, size int64) *fsmstorage.Volume {
-		return &fsmstorage.Volume{Name: "v", State: fsmstorage.Creating, Store: store, Config: replica.Config{UUID: "u", Size: size, BlockSize: 512}}
+		return &fsmstorage.Volume{Name: "v", State: fsmstorage.Creating, Store: store, Config: replica.Config{UUID: theID, Size: size, BlockSize: 512}}
 	}
 	f, err := w.openStore(t.Context(), vol("file:"+img, 1<<20))
 	if err != nil {

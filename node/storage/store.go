@@ -13,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/blockhouse-san/blockhouse/block"
+	"github.com/blockhouse-san/blockhouse/block/atomic"
 	"github.com/blockhouse-san/blockhouse/block/file"
 	"github.com/blockhouse-san/blockhouse/block/integrity"
 	"github.com/blockhouse-san/blockhouse/block/store"
@@ -21,13 +22,19 @@ import (
 	"github.com/blockhouse-san/blockhouse/node/link"
 )
 
-// storePath is where the bytes of a volume lie, sumsPath where its checksums do.
+// storePath is where the bytes of a volume lie, sumsPath where its checksums do,
+// journalPath where its journal of atomic writes does: in the folder of the
+// node's volumes, also when the bytes lie elsewhere.
 func (w *worker) storePath(uuid string) string {
 	return filepath.Join(w.cfg.VolumeDir(), uuid+".img")
 }
 
 func (w *worker) sumsPath(uuid string) string {
 	return filepath.Join(w.cfg.VolumeDir(), uuid+".crc")
+}
+
+func (w *worker) journalPath(uuid string) string {
+	return filepath.Join(w.cfg.VolumeDir(), uuid+".img.atomic")
 }
 
 func (w *worker) fileOptions(blockSize int) file.Options {
@@ -52,14 +59,24 @@ func (w *worker) openStore(ctx context.Context, v *fsmstorage.Volume) (block.Dev
 	} else {
 		d, err = w.openOwn(v)
 	}
-	if err != nil || !v.Integrity {
-		return d, err
+	if err != nil {
+		return nil, err
 	}
-	s, err := w.withSums(ctx, v, d)
+	if v.Integrity {
+		s, err := w.withSums(ctx, v, d)
+		if err != nil {
+			return nil, errors.Join(err, d.Close())
+		}
+		d = s
+	}
+	// Above the checksums: what the journal puts back gets its checksums with it,
+	// and what it keeps was verified. Below them an undo would leave old data under
+	// new checksums, which is damage.
+	a, err := w.withJournal(ctx, v, d)
 	if err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
-	return s, nil
+	return a, nil
 }
 
 func (w *worker) openOwn(v *fsmstorage.Volume) (block.Device, error) {
@@ -154,6 +171,73 @@ func (w *worker) withSums(ctx context.Context, v *fsmstorage.Volume, d block.Dev
 	return s, nil
 }
 
+// withJournal puts the journal of atomic writes over a store, and undoes the write
+// that the last process did not end. A journal that cannot be made is an ability
+// that the volume lacks; one that is there and cannot be obeyed is an error, since
+// half a write may lie under it.
+func (w *worker) withJournal(ctx context.Context, v *fsmstorage.Volume, d block.Device) (block.Device, error) {
+	if d.Info().Caps.ReadOnly {
+		return d, nil
+	}
+	id, err := uuid.Parse(v.Config.UUID)
+	if err != nil {
+		return nil, fmt.Errorf("journal of atomic writes: %w", err)
+	}
+	path := w.journalPath(v.Config.UUID)
+	log := w.log.With(zap.String("volume", v.Name), zap.String("journal", path))
+	j, err := w.openJournal(ctx, path)
+	if errors.Is(err, errNoJournal) {
+		log.Warn("the volume has no atomic writes", zap.Error(err))
+		return d, nil
+	}
+	var a *atomic.Device
+	if err == nil {
+		if a, err = atomic.Open(ctx, d, j, id); err != nil {
+			err = errors.Join(err, j.Close())
+		}
+	}
+	switch {
+	case err == nil:
+	case errors.Is(err, file.ErrInUse) || errors.Is(err, block.ErrUnreachable): // which may pass
+		return nil, fmt.Errorf("journal %s: %w", path, err)
+	default:
+		return nil, fmt.Errorf("journal %s: %w; to serve the volume with what a write that was cut off left behind: mv %s %s.old", path, err, path, path)
+	}
+	if off, n := a.Undone(); n > 0 {
+		log.Warn("an atomic write that was cut off was undone", zap.Int64("offset", off), zap.Int64("bytes", n))
+	}
+	return a, nil
+}
+
+// errNoJournal: there is no journal, and none can be made.
+var errNoJournal = errors.New("its journal cannot be made")
+
+// openJournal opens a journal, or makes it where there is none: a volume may be
+// older than the journals are, and one that is lost can only be replaced. Writes
+// of a journal are durable by themselves; the page cache gives it no rules of
+// alignment.
+func (w *worker) openJournal(ctx context.Context, path string) (*file.File, error) {
+	o := file.Options{Cache: file.Buffered, Logger: w.log}
+	st, err := os.Stat(path)
+	if err == nil && st.Size() > 0 {
+		return file.Open(path, o)
+	}
+	if err == nil { // its making was cut short
+		err = os.Remove(path)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	j, err := file.Create(path, atomic.JournalSize, o)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNoJournal, err)
+	}
+	if err := atomic.Format(ctx, j); err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: %w", errNoJournal, err), j.Close(), os.Remove(path))
+	}
+	return j, nil
+}
+
 // opened is the outcome of an opening beside the work loop.
 type opened struct {
 	dev block.Device
@@ -208,7 +292,7 @@ func (w *worker) installStore(v *volume, rec *fsmstorage.Volume, dev block.Devic
 // that the user named stays.
 func (w *worker) eraseStore(id string) (err error) {
 	found := false
-	for _, p := range []string{w.storePath(id), w.sumsPath(id), w.sumsPath(id) + adoptMark} {
+	for _, p := range []string{w.storePath(id), w.sumsPath(id), w.sumsPath(id) + adoptMark, w.journalPath(id)} {
 		switch e := os.Remove(p); {
 		case e == nil:
 			found = true

@@ -74,6 +74,119 @@ func (s *stores) volume(name string) api.Volume {
 	return v
 }
 
+// atomicWrites: a volume offers WRITE ATOMIC (16); what was acknowledged survives
+// kill -9 of the worker, and what was half done is undone by the next worker.
+func (s *stores) atomicWrites(t *testing.T) {
+	ctx := t.Context()
+	img := filepath.Join(t.TempDir(), "torn.img")
+	if err := errors.Join(os.WriteFile(img, nil, 0o600), os.Truncate(img, 16<<20)); err != nil {
+		t.Fatal(err)
+	}
+	own, err := s.lun(api.LUNCreate{Volume: "whole", Size: 16 << 20, BlockSize: 512})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its second write, and the undoing of it, fail: the journal keeps its record.
+	given, err := s.lun(api.LUNCreate{Volume: "torn", Store: "fault:on=write&err=io&skip=1@file:" + img + "?integrity=on", BlockSize: 512})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sess *initiator.Session
+	var d, torn block.Device
+	login := func() {
+		t.Helper()
+		s.c.Wait("a login", 30*time.Second, func() (bool, string) {
+			ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+			defer cancel()
+			var err error
+			if sess, err = initiator.Login(ctx, s.c.Nodes[0].IP+":3260", s.iqn, initiator.Config{InitiatorName: "iqn.2026-11.test:atomic"}); err != nil {
+				return false, err.Error()
+			}
+			if d, err = sess.OpenLUN(ctx, scsi.LUN(own.LUN)); err == nil {
+				torn, err = sess.OpenLUN(ctx, scsi.LUN(given.LUN))
+			}
+			if err != nil {
+				_ = sess.Close()
+			}
+			return err == nil, fmt.Sprint(err)
+		})
+	}
+	login()
+	const off, lba, n = 64 << 10, 128, 64 << 10
+	old, neu := bytes.Repeat([]byte{1}, n), bytes.Repeat([]byte{2}, n)
+	if err := errors.Join(d.WriteAt(ctx, old, off, 0), torn.WriteAt(ctx, old, off, 0), torn.Flush(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	exec := func(l api.LUN, c scsi.CDB, dir scsi.Direction, out, in []byte) error {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		defer cancel()
+		for {
+			r, err := sess.Exec(ctx, scsi.LUN(l.LUN), c.Bytes(), dir, out, in)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var se *scsi.Sense
+			if err = r.Err(); !errors.As(err, &se) || se.Key != scsi.UnitAttention {
+				return err
+			}
+		}
+	}
+	page := make([]byte, 64)
+	if err := exec(own, scsi.InquiryVPD(scsi.VPDBlockLimits, uint16(len(page))), scsi.DirIn, nil, page); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := scsi.ParseBlockLimits(page); err != nil || b.MaxAtomic != 2048 || b.AtomicAlignment != 8 || b.AtomicGranularity != 8 || b.MaxAtomicBoundary != 0 {
+		t.Errorf("VPD B0: %+v %v", b, err)
+	}
+	write := func(l api.LUN, lba uint64) error {
+		t.Helper()
+		c, err := scsi.Build(scsi.OpWriteAtomic16, scsi.NoSA, scsi.Arg{ID: scsi.FLBA, Value: lba}, scsi.Arg{ID: scsi.FCount, Value: n / 512})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return exec(l, c, scsi.DirOut, neu, nil)
+	}
+	if err := write(own, lba); err != nil {
+		t.Errorf("WRITE ATOMIC: %v", err)
+	}
+	sense(t, "WRITE ATOMIC beside its alignment", write(own, lba+1), scsi.IllegalRequest, scsi.ASCInvalidFieldCDB)
+	sense(t, "WRITE ATOMIC on a store that fails", write(given, lba), scsi.MediumError, scsi.ASCWriteError)
+	s.c.Wait("the store to be failed", 20*time.Second, func() (bool, string) {
+		v := s.volume("torn")
+		return v.Health == api.HealthFaulted && strings.Contains(v.Cause, "could not be undone"), cluster.JSON(v)
+	})
+	// Half of it lies on the disk.
+	f, err := os.OpenFile(img, os.O_RDWR, 0)
+	if err == nil {
+		_, err = f.WriteAt(neu[:n/2], off)
+		err = errors.Join(err, f.Sync(), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := s.c.Nodes[0].Worker(link.Storage)
+	if err == nil {
+		err = unix.Kill(w.PID, unix.SIGKILL)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = sess.Close()
+	login()
+	defer sess.Close()
+	got := make([]byte, n)
+	if err := d.ReadAt(ctx, got, off); err != nil || !bytes.Equal(got, neu) {
+		t.Errorf("an acknowledged atomic write after the worker died: %v", err)
+	}
+	if err := torn.ReadAt(ctx, got, off); err != nil || !bytes.Equal(got, old) {
+		t.Errorf("half an atomic write was not undone: %v", err)
+	}
+	if v := s.volume("torn"); v.Checksums == nil || v.Checksums.Damaged != 0 {
+		t.Errorf("%s", cluster.JSON(v))
+	}
+}
+
 // sense asserts the sense of an error.
 func sense(t *testing.T, what string, err error, key scsi.Key, code scsi.ASC) {
 	t.Helper()
@@ -173,6 +286,8 @@ func TestStores(t *testing.T) {
 			t.Errorf("%+v", c)
 		}
 	})
+
+	t.Run("atomic writes", func(t *testing.T) { s.atomicWrites(t) })
 
 	t.Run("one store, one volume", func(t *testing.T) {
 		link, other := filepath.Join(dir, "link"), filepath.Join(dir, "other")
