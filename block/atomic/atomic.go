@@ -40,6 +40,7 @@ const (
 )
 
 var (
+	none       = block.Alloc(header) // what is no record
 	magic      = [8]byte{'B', 'H', 'A', 'T', 'O', 'M', 0, 1}
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 )
@@ -47,14 +48,20 @@ var (
 // ErrForeign tells that a journal holds a record of another store.
 var ErrForeign = errors.New("the journal belongs to another store")
 
+// records are buffers of a record: a volume whose initiators write nothing
+// atomically has none.
+var records = sync.Pool{New: func() any {
+	b := block.Alloc(JournalSize)
+	return &b
+}}
+
 // Device is a store with its journal. It implements block.AtomicWriter.
 type Device struct {
 	block.Device
 	journal block.Device
 	id      [16]byte
 
-	mu  sync.Mutex // one atomic write at a time
-	buf []byte     // of a record, guarded by mu
+	mu sync.Mutex // one atomic write at a time
 
 	// broken: a record that must not be undone may lie in the journal, so nothing
 	// more may be written.
@@ -66,7 +73,7 @@ type Device struct {
 // Format makes a journal empty, durably. It gives the record's header its room on
 // a sparse file, so that a full disk does not keep a record from being forgotten.
 func Format(ctx context.Context, journal block.Device) error {
-	if err := journal.WriteAt(ctx, block.Alloc(header), 0, block.FUA); err != nil {
+	if err := journal.WriteAt(ctx, none, 0, block.FUA); err != nil {
 		return fmt.Errorf("make a journal of atomic writes: %w", err)
 	}
 	return nil
@@ -78,7 +85,7 @@ func Open(ctx context.Context, dev, journal block.Device, id [16]byte) (*Device,
 	if n := journal.Info().Size; n < JournalSize {
 		return nil, fmt.Errorf("open journal of atomic writes: %d bytes, want %d", n, JournalSize)
 	}
-	d := &Device{Device: dev, journal: journal, id: id, buf: block.Alloc(JournalSize)}
+	d := &Device{Device: dev, journal: journal, id: id}
 	if dev.Info().Caps.ReadOnly {
 		return d, nil
 	}
@@ -89,7 +96,7 @@ func Open(ctx context.Context, dev, journal block.Device, id [16]byte) (*Device,
 }
 
 func (d *Device) recover(ctx context.Context) error {
-	h := d.buf[:header]
+	h := block.Alloc(header)
 	if err := d.journal.ReadAt(ctx, h, 0); err != nil {
 		return err
 	}
@@ -101,16 +108,17 @@ func (d *Device) recover(ctx context.Context) error {
 	if n <= 0 || n > Longest {
 		return d.forget(ctx)
 	}
-	if err := d.journal.ReadAt(ctx, d.buf[header:header+n], header); err != nil {
+	buf := block.Alloc(int(header + n))
+	if err := d.journal.ReadAt(ctx, buf, 0); err != nil {
 		return err
 	}
-	if be.Uint32(h[8:]) != crc32.Checksum(d.buf[12:header+n], castagnoli) {
+	if be.Uint32(h[8:]) != crc32.Checksum(buf[12:], castagnoli) {
 		return d.forget(ctx) // torn: the write had not begun
 	}
 	if !bytes.Equal(h[16:32], d.id[:]) {
 		return ErrForeign
 	}
-	if err := d.restore(ctx, d.buf[header:header+n], off); err != nil {
+	if err := d.restore(ctx, buf[header:], off); err != nil {
 		return fmt.Errorf("undo [%d,+%d): %w", off, n, err)
 	}
 	d.undoneOff, d.undoneLen = off, n
@@ -136,8 +144,7 @@ func (d *Device) Failed() error {
 
 // forget makes the record none.
 func (d *Device) forget(ctx context.Context) error {
-	clear(d.buf[:header])
-	return d.journal.WriteAt(ctx, d.buf[:header], 0, block.FUA)
+	return d.journal.WriteAt(ctx, none, 0, block.FUA)
 }
 
 // restore writes what a range held; zeroes become holes again where they can, so
@@ -197,19 +204,23 @@ func (d *Device) WriteAtomic(ctx context.Context, p []byte, off int64) error {
 	if err := d.failed(); err != nil {
 		return err
 	}
-	old := d.buf[header : header+n]
+	rec := records.Get().(*[]byte)
+	defer records.Put(rec)
+	buf := *rec
+	old := buf[header : header+n]
 	if err := d.Device.ReadAt(ctx, old, off); err != nil {
 		return fmt.Errorf("atomic write: read what is there: %w", err)
 	}
-	h, be := d.buf[:header], binary.BigEndian
+	h, be := buf[:header], binary.BigEndian
 	clear(h)
 	copy(h, magic[:])
 	copy(h[16:], d.id[:])
 	be.PutUint64(h[32:], uint64(off))
 	be.PutUint64(h[40:], uint64(n))
-	be.PutUint32(h[8:], crc32.Checksum(d.buf[12:header+n], castagnoli))
-	if err := d.journal.WriteAt(ctx, d.buf[:header+n], 0, block.FUA); err != nil {
-		return d.undone(off, old, fmt.Errorf("atomic write: journal: %w", err))
+	be.PutUint32(h[8:], crc32.Checksum(buf[12:header+n], castagnoli))
+	if err := d.journal.WriteAt(ctx, buf[:header+n], 0, block.FUA); err != nil {
+		// The store is as it was, also when it could take nothing.
+		return d.undone(off, nil, fmt.Errorf("atomic write: journal: %w", err))
 	}
 	// From here on the end comes whatever ctx says: half of it would stay.
 	ctx = context.WithoutCancel(ctx)
@@ -222,11 +233,15 @@ func (d *Device) WriteAtomic(ctx context.Context, p []byte, off int64) error {
 	return nil
 }
 
-// undone puts back what a range held and returns cause. When that, or the record,
-// cannot be settled, the store takes no more writes until it is opened again.
+// undone puts back what a range held, if that is given, and returns cause. When
+// that, or the record, cannot be settled, the store takes no more writes until it
+// is opened again.
 func (d *Device) undone(off int64, old []byte, cause error) error {
 	ctx := context.Background()
-	err := d.restore(ctx, old, off)
+	var err error
+	if len(old) > 0 {
+		err = d.restore(ctx, old, off)
+	}
 	if err == nil {
 		err = d.forget(ctx)
 	}

@@ -135,7 +135,8 @@ func TestUndo(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
 	f := fault.New(store(t, 1<<20))
-	d := open(t, f, store(t, JournalSize))
+	jf := fault.New(store(t, JournalSize))
+	d := open(t, f, jf)
 	defer d.Close()
 	old := bytes.Repeat([]byte{1}, 8192)
 	if err := d.WriteAt(ctx, old, 0, 0); err != nil {
@@ -152,6 +153,16 @@ func TestUndo(t *testing.T) {
 	}
 	if err := d.WriteAtomic(ctx, neu, 0); err != nil { // the next one is whole
 		t.Error(err)
+	}
+	// A journal that is full does no harm, and touches nothing.
+	jf.Set(fault.Rule{Ops: fault.Write, Err: block.ErrNoSpace, Times: 1})
+	f.Set(fault.Rule{Ops: fault.Write | fault.Zeroes | fault.Flush, Err: block.ErrNoSpace})
+	if err := d.WriteAtomic(ctx, old, 0); !errors.Is(err, block.ErrNoSpace) {
+		t.Error(err)
+	}
+	f.Set()
+	if err := errors.Join(block.Failed(d), d.WriteAt(ctx, neu, 0, 0), d.WriteAtomic(ctx, neu, 0)); err != nil {
+		t.Error("after a full journal:", err)
 	}
 	// What cannot be undone stops the store.
 	f.Set(fault.Rule{Ops: fault.Write, Err: block.ErrMedium})
