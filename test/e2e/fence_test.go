@@ -134,7 +134,7 @@ func TestFenceByTarget(t *testing.T) {
 func TestFenceByAgent(t *testing.T) {
 	testproc.Need(t, "fence_dummy")
 	dir := t.TempDir()
-	c := cluster.New(t, 3, cluster.Profile("fast"), cluster.Config(fmt.Sprintf("[fence]\nagent_dirs = [%q, \"/usr/sbin\"]\n", dir))).Up()
+	c := cluster.New(t, 3, cluster.Config(fmt.Sprintf("[fence]\nagent_dirs = [%q, \"/usr/sbin\"]\n", dir))).Up()
 	n1 := c.Node("n1")
 	lun(t, c, "n3", 1<<20)
 	// An agent that always fails, in the contract.
@@ -197,7 +197,7 @@ exit 1
 			tries = append(tries, x.Reason)
 		}
 	}
-	if len(tries) != 3 || !strings.Contains(tries[0], "does not answer") || !strings.Contains(tries[1], "does not answer") || !strings.Contains(tries[2], "off dummy:3: ok") {
+	if len(tries) < 3 || !strings.Contains(tries[0], "does not answer") || !strings.Contains(tries[1], "does not answer") || !strings.Contains(tries[len(tries)-1], "off dummy:3: ok") {
 		t.Errorf("attempts: %q", tries)
 	}
 	if b, err := os.ReadFile(state); err != nil || !strings.Contains(string(b), "off") {

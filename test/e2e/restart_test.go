@@ -23,21 +23,53 @@ import (
 	"github.com/blockhouse-san/blockhouse/test/e2e/cluster"
 )
 
-// lun makes a LUN on a node, open to everybody.
-func lun(t *testing.T, c *cluster.Cluster, node string, size int64) api.LUN {
+// again repeats a request whose outcome a busy machine left open, as a user would:
+// the cluster answers one that was done already as done, or as existing.
+func again[T any](t *testing.T, f func(context.Context) (T, error)) (T, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
+	for {
+		v, err := f(ctx)
+		if err == nil {
+			return v, nil
+		}
+		switch api.AsError(err).Code {
+		case api.CodeTimeout, api.CodeNoQuorum, api.CodeUnreachable, api.CodeNotFound:
+		default:
+			return v, err
+		}
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return v, err
+		}
+	}
+}
+
+// lun makes a LUN on a node, open to everybody.
+func lun(t *testing.T, c *cluster.Cluster, node string, size int64) api.LUN {
+	t.Helper()
 	a := c.Nodes[0].API()
-	tg, err := api.Post[api.Target](ctx, a, api.PathTargets, api.TargetCreate{Name: "disks"})
+	tg, err := again(t, func(ctx context.Context) (api.Target, error) {
+		tg, err := api.Post[api.Target](ctx, a, api.PathTargets, api.TargetCreate{Name: "disks"})
+		if err != nil && api.AsError(err).Code == api.CodeExists {
+			return api.Get[api.Target](ctx, a, api.PathTargets+"/iqn.2026-11.io.blockhouse:demo.disks")
+		}
+		return tg, err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	open := true
-	if _, err := api.Post[api.Target](ctx, a, api.PathACLs, api.ACLChange{Target: tg.IQN, Open: &open}); err != nil {
+	if _, err := again(t, func(ctx context.Context) (api.Target, error) {
+		return api.Post[api.Target](ctx, a, api.PathACLs, api.ACLChange{Target: tg.IQN, Open: &open})
+	}); err != nil {
 		t.Fatal(err)
 	}
-	l, err := api.Post[api.LUN](ctx, a, api.PathLUNs, api.LUNCreate{Target: tg.IQN, Volume: "v1", Size: size, LUN: -1, Node: node})
+	l, err := again(t, func(ctx context.Context) (api.LUN, error) {
+		return api.Post[api.LUN](ctx, a, api.PathLUNs, api.LUNCreate{Target: tg.IQN, Volume: "v1", Size: size, LUN: -1, Node: node, RequestID: "lun"})
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
