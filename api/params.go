@@ -49,6 +49,20 @@ var TargetParams = []TargetParam{
 	{Name: "MaxQueueCmd", Default: "128", Min: 1, Max: 512},
 }
 
+// PortalAddress gives ADDRESS[:PORT] the port that RFC 7143 14.2 has for iSCSI where
+// it has none. What is no address stays as it is.
+func PortalAddress(s string) string {
+	if ip, err := netip.ParseAddr(s); err == nil {
+		return netip.AddrPortFrom(ip, 3260).String()
+	}
+	if in, ok := strings.CutPrefix(s, "["); ok {
+		if ip, err := netip.ParseAddr(strings.TrimSuffix(in, "]")); err == nil && strings.HasSuffix(s, "]") {
+			return netip.AddrPortFrom(ip, 3260).String()
+		}
+	}
+	return s
+}
+
 // Parameters of a target that send initiators to another portal when they log in
 // (RFC 7143 11.13.5), by tgtadm's names. RedirectAddress alone is enough: the port
 // is 3260 without RedirectPort, and the reason Temporary. A login at the very

@@ -26,6 +26,9 @@ package api
 //	POST   /v1/luns            LUNCreate  LUN
 //	DELETE /v1/luns/{iqn}/{n}             Done
 //	POST   /v1/acls            ACLChange  Target
+//	GET    /v1/portals                    List[Portal]
+//	POST   /v1/portals         PortalAdd  Portal
+//	DELETE /v1/portals/{node}/{address}   Done       node "-": the one that is asked
 //	GET    /v1/sessions                   List[Session]
 //	GET    /v1/stats                      Stats      every storage node is asked; ?node=NAME: only that one
 //	GET    /v1/reservations               List[Reservation]
@@ -62,6 +65,7 @@ const (
 	PathTargets      = "/v1/targets"
 	PathLUNs         = "/v1/luns"
 	PathACLs         = "/v1/acls"
+	PathPortals      = "/v1/portals"
 	PathSessions     = "/v1/sessions"
 	PathStats        = "/v1/stats"
 	PathReservations = "/v1/reservations"

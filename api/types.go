@@ -106,6 +106,26 @@ type Worker struct {
 	// Error is what keeps it from doing what the cluster wants, such as a portal that
 	// another program holds.
 	Error string `json:"error,omitempty" yaml:"error,omitempty"`
+	// Portals of a storage worker, as it has them.
+	Portals []Portal `json:"portals,omitempty" yaml:"portals,omitempty"`
+}
+
+// Portal is an address at which a node takes iSCSI logins.
+type Portal struct {
+	Node    string `json:"node" yaml:"node"`
+	Address string `json:"address" yaml:"address"` // ADDRESS:PORT, IPv6 in brackets
+	// From is "file" (listen.iscsi of the node) or "cluster" (PortalAdd).
+	From string `json:"from" yaml:"from"`
+	// State is open; closed, while no target is there to be served; failed; opening,
+	// until the node has acted on the record; or unknown, while the node says nothing.
+	State string `json:"state" yaml:"state"`
+	Error string `json:"error,omitempty" yaml:"error,omitempty"` // why it failed
+}
+
+// PortalAdd gives a node one more portal.
+type PortalAdd struct {
+	Node    string `json:"node,omitempty"` // empty: the one that is asked
+	Address string `json:"address"`        // ADDRESS[:PORT]; 3260 without PORT
 }
 
 // Volume is bytes: a size and its copies.

@@ -137,6 +137,9 @@ type Config struct {
 	// Cut are initiator names that may not log in, with the epoch at which they
 	// were fenced.
 	Cut map[string]uint64
+	// Optional are portals of the targets that Apply goes on without when they cannot
+	// be opened; Server.Unopened tells why. Any other one fails the whole of Apply.
+	Optional []netip.AddrPort
 }
 
 // Target is an iSCSI target node.

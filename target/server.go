@@ -25,6 +25,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -63,6 +64,7 @@ type Server struct {
 	closed    bool
 	nodes     map[string]*node // by normalized IQN
 	listeners map[netip.AddrPort]*listener
+	unopened  map[netip.AddrPort]error // optional portals, why
 	sessions  map[uint16]*session
 	conns     map[*conn]struct{}
 	lus       map[string]*logicalUnit // by volume
@@ -143,7 +145,9 @@ func (s *Server) unreserve(n int64) { s.buffered.Add(-n) }
 // now is a monotonic clock in ns.
 func (s *Server) now() int64 { return int64(time.Since(s.epoch)) }
 
-// Apply makes the server serve c. On an error of a portal nothing was changed.
+// Apply makes the server serve c. On an error of a portal nothing was changed,
+// unless the portal is optional: then everything else was. A portal that is gone
+// takes no connection any more; the ones that came through it stay.
 // When it returns, entries that are gone, or point elsewhere, have no command in
 // the backend any more: their devices may be closed.
 func (s *Server) Apply(c Config) error {
@@ -158,7 +162,7 @@ func (s *Server) Apply(c Config) error {
 	if closed {
 		return ErrClosed
 	}
-	opened, err := s.listen(&c)
+	opened, unopened, err := s.listen(&c)
 	if err != nil {
 		return err
 	}
@@ -296,7 +300,7 @@ func (s *Server) Apply(c Config) error {
 			}
 		}
 	}
-	s.discovery = c.Discovery
+	s.discovery, s.unopened = c.Discovery, unopened
 	for name, epoch := range c.Cut {
 		name = iscsi.NormalizeName(name)
 		if s.cut[name] < epoch {
@@ -378,9 +382,18 @@ func (s *Server) wanted(c *Config) (out []netip.AddrPort) {
 	return out
 }
 
-// listen opens the portals that are not open yet.
-func (s *Server) listen(c *Config) (map[netip.AddrPort]*listener, error) {
-	opened := map[netip.AddrPort]*listener{}
+// Unopened is why optional portals of the configuration are not open. The key is
+// as in the configuration.
+func (s *Server) Unopened() map[netip.AddrPort]error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.unopened)
+}
+
+// listen opens the portals that are not open yet, and says which of the optional
+// ones it could not.
+func (s *Server) listen(c *Config) (map[netip.AddrPort]*listener, map[netip.AddrPort]error, error) {
+	opened, unopened := map[netip.AddrPort]*listener{}, map[netip.AddrPort]error{}
 	for _, p := range s.wanted(c) {
 		s.mu.Lock()
 		have := s.listeners[p] != nil
@@ -390,17 +403,23 @@ func (s *Server) listen(c *Config) (map[netip.AddrPort]*listener, error) {
 		}
 		l, err := net.Listen("tcp", p.String())
 		if err != nil {
+			if errors.Is(err, syscall.EADDRINUSE) {
+				err = fmt.Errorf("open portal %s: %w%s: stop that program or choose another port", p, ErrPortBusy, portHolder(p))
+			} else {
+				err = fmt.Errorf("open portal %s: %w", p, err)
+			}
+			if slices.Contains(c.Optional, p) {
+				unopened[p] = err
+				continue
+			}
 			for _, o := range opened {
 				_ = o.l.Close()
 			}
-			if errors.Is(err, syscall.EADDRINUSE) {
-				return nil, fmt.Errorf("open portal %s: %w%s: stop that program or choose another port", p, ErrPortBusy, portHolder(p))
-			}
-			return nil, fmt.Errorf("open portal %s: %w", p, err)
+			return nil, nil, err
 		}
 		opened[p] = &listener{l: l, addr: addrPort(l.Addr()), done: make(chan struct{})}
 	}
-	return opened, nil
+	return opened, unopened, nil
 }
 
 // portHolder names the process that listens where p would, from /proc; empty when

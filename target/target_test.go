@@ -367,6 +367,52 @@ func TestBusyPort(t *testing.T) {
 	c.do(0, scsi.TestUnitReady(), nil, 0).want(t, "a failed Apply changes nothing", scsi.StatusGood, 0, 0)
 }
 
+// An optional portal that is held keeps nothing else from being served; it opens
+// when it is free, and closing one leaves its sessions.
+func TestOptionalPortal(t *testing.T) {
+	t.Parallel()
+	held, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	b := newBench(t, Options{}, lunOf(t, 0))
+	c := b.ready(loginOpt{}) // through the portal that is there now
+	first, p := b.conf.Targets[0].Portals[0], addrPort(held.Addr())
+	b.conf.Targets[0].Portals = []netip.AddrPort{first, p}
+	b.conf.Targets[0].Alias = "changed"
+	b.conf.Optional = []netip.AddrPort{p}
+	if err := b.srv.Apply(b.conf); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.srv.Unopened()[p]; !errors.Is(err, ErrPortBusy) || !strings.Contains(err.Error(), "target.test") || len(b.srv.Unopened()) != 1 {
+		t.Errorf("%v", b.srv.Unopened())
+	}
+	if _, ok := b.srv.Addr(first); !ok {
+		t.Error("the other portal is closed")
+	}
+	if _, ok := b.srv.Addr(p); ok {
+		t.Error("it is open all the same")
+	}
+	_ = held.Close()
+	if err := b.srv.Apply(b.conf); err != nil || len(b.srv.Unopened()) != 0 {
+		t.Fatalf("%v, %v", err, b.srv.Unopened())
+	}
+	if nc, err := net.Dial("tcp", p.String()); err != nil {
+		t.Error(err)
+	} else {
+		_ = nc.Close()
+	}
+	b.conf.Targets[0].Portals, b.conf.Optional = []netip.AddrPort{p}, nil
+	if err := b.srv.Apply(b.conf); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := b.srv.Addr(first); ok {
+		t.Error("a portal that is gone is open")
+	}
+	c.do(0, scsi.TestUnitReady(), nil, 0).want(t, "its session stays", scsi.StatusGood, 0, 0)
+}
+
 // countGate is a gate that a test steers.
 type countGate struct {
 	inside, entered atomic.Int64

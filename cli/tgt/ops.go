@@ -457,8 +457,30 @@ func (s *session) systemDelete(*request) error {
 	return invalid("the daemon is not ended from here: systemctl stop clusterd")
 }
 
+// portalChange opens or closes a portal of the node that is asked. Like the real
+// tool it has one text for every refusal.
 func (s *session) portalChange(r *request) error {
-	return invalid("portal %s: portals are listen.iscsi of each node's file", r.s('P'))
+	k, v, _ := strings.Cut(r.s('P'), "=")
+	if k != "portal" || v == "" {
+		return invalid("parameter %q: portal=ADDRESS[:PORT] is needed", r.s('P'))
+	}
+	v = api.PortalAddress(v)
+	if r.op == "delete" {
+		_, err := api.Delete(s.ctx, s.cl, path(api.PathPortals, "-", v))
+		return refusal(err, nil)
+	}
+	p, err := api.Post[api.Portal](s.ctx, s.cl, api.PathPortals, api.PortalAdd{Address: v})
+	if err != nil {
+		return refusal(err, nil)
+	}
+	if p.State == "failed" {
+		// tgtd keeps no portal that it could not open.
+		if _, err := api.Delete(s.ctx, s.cl, path(api.PathPortals, p.Node, p.Address)); err != nil {
+			s.warn("portal %s is left: %v", p.Address, err)
+		}
+		return invalid("%s", p.Error)
+	}
+	return nil
 }
 
 func (s *session) lldChange(r *request) error {

@@ -225,7 +225,7 @@ func (s *session) portalShow(*request) error {
 		if n.State != api.NodeOnline || !slices.Contains(n.Roles, "storage") {
 			continue
 		}
-		for _, p := range n.Portals {
+		for _, p := range slices.Backward(n.Portals) { // newest first: those that were added stand behind the file's
 			s.printf("Portal: %s,%d\n", p, n.Index)
 		}
 	}

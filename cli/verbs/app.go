@@ -200,7 +200,7 @@ Start with "clusteradm demo up" (three nodes on this machine, no root) or
 	a.group(root)
 	root.AddCommand(
 		a.statusCmd(), a.initCmd(), a.tokenCmd(), a.joinCmd(), a.leaveCmd(), a.nodeCmd(), a.quorumCmd(),
-		a.volumeCmd(), a.targetCmd(), a.lunCmd(), a.aclCmd(), a.accountCmd(), a.sessionCmd(), a.reservationCmd(),
+		a.volumeCmd(), a.targetCmd(), a.lunCmd(), a.aclCmd(), a.portalCmd(), a.accountCmd(), a.sessionCmd(), a.reservationCmd(),
 		a.fenceCmd(), a.fenceManualCmd(), a.eventsCmd(), a.demoCmd(),
 		a.versionCmd(), a.completionCmd(), a.docsCmd(), a.compatCmd(),
 	)

@@ -177,6 +177,8 @@ var (
 		URLs: []string{"iscsi://127.0.0.13:3260/iqn.2026-11.io.blockhouse:demo:disks/1"}}
 	sampleTarget = api.Target{IQN: sampleLUN.Target, TID: 1, LUNs: []api.LUN{sampleLUN}, ACL: api.ACL{Initiators: []string{"iqn.1993-08.org.debian:01:abc"}, Addresses: []string{"192.0.2.0/24"}},
 		Portals: []string{"127.0.0.11:3260,1", "127.0.0.13:3260,3"}, Sessions: 2}
+	samplePortals = []api.Portal{{Node: "n1", Address: "127.0.0.11:3260", From: "file", State: "unknown"}, {Node: "n2", Address: "127.0.0.12:3260", From: "file", State: "open"},
+		{Node: "n2", Address: "[fd00::12]:3261", From: "cluster", State: "failed", Error: "open portal [fd00::12]:3261: portal is in use by pid 7 (tgtd)"}}
 	sampleFence = api.Fence{Node: "n1", Incarnation: 4, Epoch: 12, Since: now.Add(-3 * time.Minute), Reason: "node lease ended", Waiting: "an operator: clusteradm fence_manual n1"}
 	sampleToken = api.Token{ID: "t1", Expires: now.Add(time.Hour), Uses: 1}
 	sampleSess  = api.Session{Node: "n3", Target: sampleLUN.Target, Initiator: "iqn.1993-08.org.debian:01:abc\x1b[31m", Address: "192.0.2.7:51000", ISID: "00023d000001", TSIH: 3, Since: now.Add(-90 * time.Second),
@@ -242,6 +244,9 @@ func sample() map[string]any {
 		"POST /v1/luns":                              sampleLUN,
 		"DELETE /v1/luns/" + iqnPath + "/1":          done,
 		"POST /v1/acls":                              sampleTarget,
+		"GET /v1/portals":                            listOf(samplePortals...),
+		"POST /v1/portals":                           samplePortals[2],
+		"DELETE /v1/portals/n2/%5Bfd00::12%5D:3261":  done,
 		"GET /v1/sessions":                           listOf(sampleSess),
 		"GET /v1/stats":                              sampleStats,
 		"GET /v1/accounts":                           listOf(sampleAccount),

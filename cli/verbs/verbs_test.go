@@ -37,6 +37,7 @@ var reads = []struct {
 	{"lun_list", []string{"lun", "list"}, func() any { return &api.List[api.LUN]{} }},
 	{"lun_show", []string{"lun", "show", iqnPath + "/1"}, nil},
 	{"acl_list", []string{"acl", "list"}, nil},
+	{"portal_list", []string{"portal", "list"}, func() any { return &api.List[api.Portal]{} }},
 	{"account_list", []string{"account", "list"}, func() any { return &api.List[api.Account]{} }},
 	{"session_list", []string{"session", "list"}, func() any { return &api.List[api.Session]{} }},
 	{"session_show", []string{"session", "show", "n3", "3"}, nil},
@@ -138,7 +139,7 @@ func TestJSONIsTheAPI(t *testing.T) {
 
 func path(name string) string {
 	return map[string]string{
-		"status": api.PathStatus, "token_list": api.PathTokens, "node_list": api.PathNodes, "node_show": api.PathNodes + "/n2", "quorum_show": api.PathQuorum,
+		"status": api.PathStatus, "token_list": api.PathTokens, "portal_list": api.PathPortals, "node_list": api.PathNodes, "node_show": api.PathNodes + "/n2", "quorum_show": api.PathQuorum,
 		"volume_list": api.PathVolumes, "volume_show": api.PathVolumes + "/v1", "target_list": api.PathTargets, "target_show": api.PathTargets + "/" + iqnPath,
 		"lun_list": api.PathLUNs, "session_list": api.PathSessions, "reservation_list": api.PathReservations, "account_list": api.PathAccounts, "fence_list": api.PathFence, "fence_history": api.PathFenceHistory,
 	}[name]

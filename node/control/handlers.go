@@ -85,6 +85,7 @@ func (m *member) routes() http.Handler {
 	change("POST "+api.PathFenceAck, m.fenceAck)
 
 	m.accountRoutes(mux)
+	m.portalRoutes(mux)
 	m.statsRoutes(mux)
 	m.fenceRoutes(mux)
 

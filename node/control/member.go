@@ -617,7 +617,7 @@ func (m *member) renewal() renew {
 type storageDetail struct {
 	Volumes  []volumeReport `json:"volumes"`
 	Sessions []api.Session  `json:"sessions"`
-	Portals  []string       `json:"portals"`
+	Portals  []api.Portal   `json:"portals"`
 	Applied  uint64         `json:"applied"` // index of the state that the worker has acted on
 	Error    string         `json:"error,omitempty"`
 	Events   uint64         `json:"events"` // number of the worker's newest event
@@ -636,7 +636,7 @@ func (m *member) workerStatus(k link.Kind) api.Worker {
 	if k == link.Storage {
 		var d storageDetail
 		if json.Unmarshal(rep.Detail, &d) == nil {
-			w.Index, w.Error = d.Applied, d.Error
+			w.Index, w.Error, w.Portals = d.Applied, d.Error, d.Portals
 		}
 	}
 	w.Started = m.d.startedAt(rep.Start)

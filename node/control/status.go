@@ -95,7 +95,7 @@ func nodesOf(p picture) []api.Node {
 	for _, r := range p.Members.List() {
 		n := api.Node{Name: r.Name, Index: r.Index, Incarnation: r.Incarnation, BootID: r.BootID,
 			Roles: roleNames(r.Roles), Raft: r.Addresses.Raft, API: r.Addresses.API, Gossip: r.Addresses.Gossip,
-			Portals: append([]string{}, r.Addresses.ISCSI...), Initiator: r.InitiatorName, Control: "unknown", Format: r.Format}
+			Portals: addressesOf(&r), Initiator: r.InitiatorName, Control: "unknown", Format: r.Format}
 		switch {
 		case p.Raft.Leader == r.Name:
 			n.Vote = "leader"
@@ -248,7 +248,7 @@ func targetsOf(p picture, vols []api.Volume) []api.Target {
 			Incoming: t.Auth.Incoming, Outgoing: t.Auth.Outgoing, Params: t.Params, Offline: t.Offline}
 		for _, r := range p.Members.List() {
 			if r.Active() && r.Roles.Storage {
-				for _, ad := range r.Addresses.ISCSI {
+				for _, ad := range addressesOf(&r) {
 					a.Portals = append(a.Portals, fmt.Sprintf("%s,%d", ad, r.Index))
 				}
 			}
@@ -260,7 +260,7 @@ func targetsOf(p picture, vols []api.Volume) []api.Target {
 			if sv := p.Storage.Volumes[l.Volume]; sv != nil {
 				x.WWID = "3" + sv.Identity.NAA
 				if prim := p.Members.Members[sv.Config.Primary]; prim != nil {
-					for _, ad := range prim.Addresses.ISCSI {
+					for _, ad := range addressesOf(prim) {
 						x.URLs = append(x.URLs, fmt.Sprintf("iscsi://%s/%s/%d", ad, t.IQN, n))
 					}
 				}
@@ -338,6 +338,12 @@ func problemsOf(p picture, s *api.Status) []api.Problem {
 				} else if ok && w.Error != "" {
 					add(api.HealthFaulted, "the "+k+" worker of "+n.Name+" cannot do what the cluster wants", w.Error,
 						"mend that on "+n.Name+"; it is tried again every second", "")
+				}
+				for _, x := range n.Workers[k].Portals {
+					if x.State == "failed" && x.From == "cluster" { // those of the file are the worker's error
+						add(api.HealthDegraded, "portal "+x.Address+" of "+n.Name+" is not open", x.Error,
+							"mend that on "+n.Name+", it is tried again every second; or take the portal away", "clusteradm portal rm "+n.Name+" "+x.Address)
+					}
 				}
 			}
 		}

@@ -47,9 +47,10 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	if err == nil {
 		if fp := fmt.Sprintf("%+v %s", cfg, secretsOf(&cfg)); fp != w.applied || w.retryAt <= w.clock.Now() && w.failed {
 			err = w.srv.Apply(cfg)
-			w.applied, w.failed = fp, err != nil
+			busy := unopened(w.srv)
+			w.applied, w.failed = fp, err != nil || busy != nil
 			w.retryAt = w.clock.Now().Add(retryPortal)
-			w.tellTarget(want, err)
+			w.tellTarget(want, errors.Join(err, busy))
 		} else if w.failed {
 			err = w.lastErr
 		}
@@ -61,16 +62,17 @@ func (w *worker) reconcile(ctx context.Context, want *desired, gate string) {
 	w.tidyReservations(ctx, want)
 	reps := w.reports(want)
 	w.tellStores(want, reps)
+	ports := w.portalReports(want, err)
 	w.mu.Lock()
 	text := ""
 	if err != nil {
 		text = err.Error()
 	}
-	changed := !slices.EqualFunc(reps, w.mu.vols, sameReport) || w.mu.err != text || w.mu.applied != want.stamp.Index && err == nil
+	changed := !slices.EqualFunc(reps, w.mu.vols, sameReport) || !slices.Equal(ports, w.mu.portals) || w.mu.err != text || w.mu.applied != want.stamp.Index && err == nil
 	if err == nil {
 		w.mu.applied = want.stamp.Index
 	}
-	w.mu.vols, w.mu.err = reps, text
+	w.mu.vols, w.mu.portals, w.mu.err = reps, ports, text
 	w.mu.Unlock()
 	if changed {
 		w.link.Changed()
@@ -85,6 +87,12 @@ func (w *worker) config(want *desired, gate string) (target.Config, error) {
 	if err != nil {
 		return c, err
 	}
+	for _, p := range w.added(want) {
+		if !p.covered(ports) {
+			c.Optional = append(c.Optional, p.AddrPort)
+		}
+	}
+	ports = slices.Concat(ports, c.Optional)
 	if c.Discovery, err = w.auth(want, "discovery", want.storage.Discovery); err != nil {
 		c.Discovery = nobody
 	}

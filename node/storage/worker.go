@@ -122,6 +122,7 @@ type worker struct {
 		reset    bool   // the node's incarnation changed: every session goes
 		applied  uint64 // index of the state that was acted on
 		vols     []volumeReport
+		portals  []api.Portal
 		err      string   // of the target's configuration
 		stateErr string   // of control's state
 		again    []string // requests that were refused: volume uuids
@@ -171,7 +172,7 @@ type volumeReport struct {
 type detail struct {
 	Volumes  []volumeReport `json:"volumes"`
 	Sessions []api.Session  `json:"sessions"`
-	Portals  []string       `json:"portals"`
+	Portals  []api.Portal   `json:"portals"`
 	Applied  uint64         `json:"applied"` // index of the state that was acted on
 	Error    string         `json:"error,omitempty"`
 	Events   uint64         `json:"events"` // number of the newest event; control fetches them when it rises
@@ -239,7 +240,7 @@ func (w *worker) OnShutdown() { w.stop() }
 
 func (w *worker) Report(r *link.Report) {
 	w.mu.Lock()
-	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: w.cfg.Listen.ISCSI, Applied: w.mu.applied, Events: w.events.seq(), Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
+	d := detail{Volumes: slices.Clone(w.mu.vols), Sessions: []api.Session{}, Portals: slices.Clone(w.mu.portals), Applied: w.mu.applied, Events: w.events.seq(), Error: strings.Trim(w.mu.stateErr+"; "+w.mu.err, "; ")}
 	waiting, node := w.mu.waiting, ""
 	if w.mu.want != nil {
 		node = w.mu.want.node

@@ -181,6 +181,8 @@ func TestObserved(t *testing.T) {
 		t.Error(err)
 	}
 
+	portals(ctx, t, c, l.Target)
+
 	// A failed authentication is told with address and name; a flood of them is not.
 	const secret = "twelve-bytes+"
 	if _, err := api.Post[api.Account](ctx, n1.API(), api.PathAccounts, api.AccountCreate{Name: "christina", Secret: secret}); err != nil {
@@ -208,6 +210,82 @@ func TestObserved(t *testing.T) {
 	n3.Start()
 	c.Wait("the events are still there", 30*time.Second, func() (bool, string) {
 		es := eventsOf(t, n3, "session.login")
-		return len(es) == 3, cluster.JSON(es)
+		return len(es) == 5, cluster.JSON(es) // two of them of portals
 	})
+}
+
+// portals adds a portal to n3 by way of another node, uses it, and takes it away;
+// one that is held keeps nothing else from being served.
+func portals(ctx context.Context, t *testing.T, c *cluster.Cluster, iqn string) {
+	t.Helper()
+	n1, n2, n3 := c.Node("n1"), c.Node("n2"), c.Node("n3")
+	second := n3.IP + ":3261"
+	state := func(addr, from, want string) func() (bool, string) {
+		return func() (bool, string) {
+			l, err := api.Get[api.List[api.Portal]](ctx, n1.API(), api.PathPortals)
+			if err != nil {
+				return false, err.Error()
+			}
+			i := slices.IndexFunc(l.Items, func(p api.Portal) bool { return p.Node == "n3" && p.Address == addr })
+			return i >= 0 && l.Items[i].From == from && l.Items[i].State == want || i < 0 && want == "", cluster.JSON(l.Items)
+		}
+	}
+	c.Wait("the file's portal is listed", 10*time.Second, state(n3.IP+":3260", "file", "open"))
+	foreign, err := net.Listen("tcp", second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.Close()
+	if p, err := api.Post[api.Portal](ctx, n2.API(), api.PathPortals, api.PortalAdd{Node: "n3", Address: second}); err != nil || p.Address != second || p.From != "cluster" {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	c.Wait("the portal is held, and listed so", 10*time.Second, state(second, "cluster", "failed"))
+	if s, err := n1.Status(); err != nil || !slices.ContainsFunc(s.Problems, func(p api.Problem) bool {
+		return strings.Contains(p.What, second) && strings.Contains(p.Cause, fmt.Sprintf("pid %d", os.Getpid())) && p.Severity == api.HealthDegraded
+	}) {
+		t.Errorf("%s, %v", cluster.JSON(s.Problems), err)
+	}
+	login := func(at string) *initiator.Session {
+		t.Helper()
+		s, err := initiator.Login(ctx, at, iqn, initiator.Config{InitiatorName: "iqn.2026-11.test:portals"})
+		if err != nil {
+			t.Fatalf("at %s: %v", at, err)
+		}
+		return s
+	}
+	if err := login(n3.IP + ":3260").Close(); err != nil { // the others are served meanwhile
+		t.Error(err)
+	}
+	_ = foreign.Close()
+	c.Wait("the portal is opened when it is free", 30*time.Second, state(second, "cluster", "open"))
+	s := login(second)
+	if p := s.Portal(); p.Port != 3261 {
+		t.Errorf("%+v", p)
+	}
+	d, err := s.OpenLUN(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []api.PortalAdd{{Node: "n3", Address: second}, {Node: "n3", Address: n3.IP}, {Node: "n9", Address: second}, {Node: "n3", Address: "host:1"}} {
+		if _, err := api.Post[api.Portal](ctx, n2.API(), api.PathPortals, bad); err == nil {
+			t.Errorf("%+v is taken", bad)
+		}
+	}
+	if _, err := api.Delete(ctx, n2.API(), api.PathPortals+"/n3/"+second); err != nil {
+		t.Fatal(err)
+	}
+	c.Wait("the portal is closed", 10*time.Second, func() (bool, string) {
+		nc, err := net.DialTimeout("tcp", second, time.Second)
+		if err == nil {
+			_ = nc.Close()
+		}
+		return err != nil, "still open"
+	})
+	c.Wait("it is no longer listed", 10*time.Second, state(second, "", ""))
+	if err := d.ReadAt(ctx, make([]byte, 4096), 0); err != nil { // as with tgtd and LIO
+		t.Errorf("the session that came through it: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
 }

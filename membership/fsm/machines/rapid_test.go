@@ -92,7 +92,11 @@ func genCommand(t *rapid.T, i int, c *machines.Cluster) fsm.Command {
 			}
 		})
 	}
-	switch r.IntN(56) {
+	switch r.IntN(59) {
+	case 56, 57:
+		return members.PortalAdd{Node: node, Address: fmt.Sprintf("127.0.0.%d:3260", 1+r.IntN(3))}
+	case 58:
+		return members.PortalRemove{Node: node, Address: fmt.Sprintf("127.0.0.%d:3260", 1+r.IntN(3))}
 	case 50, 51, 52, 53, 54:
 		q := targetpr.Request{Kind: targetpr.KindOut, SA: []int{scsi.SARegisterAndIgnoreKey, scsi.SAReserve, scsi.SAPreemptAndAbort}[r.IntN(3)], Type: scsi.PRWriteExclusiveRegOnly,
 			Nexus: targetpr.Nexus{ID: scsi.TransportID{Name: newNode(node, 1).InitiatorName}, Port: 1}, Param: &scsi.PROut{Key: 1, NewKey: 1}}

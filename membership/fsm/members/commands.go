@@ -23,6 +23,8 @@ const (
 	kindSetRoles
 	kindSetAddresses
 	kindReportFormat
+	kindPortalAdd
+	kindPortalRemove
 )
 
 // NewNode is what a node says of itself when it is added.
@@ -152,6 +154,8 @@ func (Remove) FSMKind() (fsm.ID, uint16, uint32)       { return fsm.Members, kin
 func (SetRoles) FSMKind() (fsm.ID, uint16, uint32)     { return fsm.Members, kindSetRoles, 1 }
 func (SetAddresses) FSMKind() (fsm.ID, uint16, uint32) { return fsm.Members, kindSetAddresses, 1 }
 func (ReportFormat) FSMKind() (fsm.ID, uint16, uint32) { return fsm.Members, kindReportFormat, 1 }
+func (PortalAdd) FSMKind() (fsm.ID, uint16, uint32)    { return fsm.Members, kindPortalAdd, 1 }
+func (PortalRemove) FSMKind() (fsm.ID, uint16, uint32) { return fsm.Members, kindPortalRemove, 1 }
 
 // Kinds implements fsm.Machine.
 func (*Machine) Kinds() []fsm.Kind {
@@ -170,6 +174,8 @@ func (*Machine) Kinds() []fsm.Kind {
 		row(kindSetRoles, "set-roles", func() any { return new(SetRoles) }),
 		row(kindSetAddresses, "set-addresses", func() any { return new(SetAddresses) }),
 		row(kindReportFormat, "report-format", func() any { return new(ReportFormat) }),
+		row(kindPortalAdd, "portal-add", func() any { return new(PortalAdd) }),
+		row(kindPortalRemove, "portal-remove", func() any { return new(PortalRemove) }),
 	}
 }
 

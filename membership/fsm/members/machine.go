@@ -131,7 +131,7 @@ func (m *Machine) IsStorage(node string) bool {
 func (*Machine) ID() fsm.ID { return fsm.Members }
 
 // Version implements fsm.Machine.
-func (*Machine) Version() uint32 { return 1 }
+func (*Machine) Version() uint32 { return 2 }
 
 // Snapshot implements fsm.Machine.
 func (m *Machine) Snapshot(w io.Writer) error { return fsm.WriteJSON(w, m.s) }
@@ -203,6 +203,10 @@ func (m *Machine) Apply(index uint64, cmd any) (any, error) {
 			r.Format, r.Changed = c.Format, index
 		}
 		return nil, nil
+	case *PortalAdd:
+		return m.portalAdd(c)
+	case *PortalRemove:
+		return m.portalRemove(c)
 	}
 	return nil, fmt.Errorf("members: command %T has no handler", cmd)
 }

@@ -56,6 +56,7 @@ type Record struct {
 	Status        Status    `json:"status"`
 	Roles         Roles     `json:"roles"`
 	Addresses     Addresses `json:"addresses"`
+	Portals       []string  `json:"portals,omitempty"`        // iSCSI portals beside those of its file: canonical, sorted (since section version 2)
 	InitiatorName string    `json:"initiator_name,omitempty"` // unique over members
 	Index         int       `json:"index"`                    // node number from 1: TPGT, DLM nodeid; never given twice
 	Format        uint32    `json:"format"`                   // highest cluster format its binary knows
@@ -70,7 +71,7 @@ func (r *Record) Active() bool { return r.Status == Member || r.Status == Leavin
 // Clone is a deep copy.
 func (r *Record) Clone() Record {
 	c := *r
-	c.Addresses.ISCSI = slices.Clone(r.Addresses.ISCSI)
+	c.Addresses.ISCSI, c.Portals = slices.Clone(r.Addresses.ISCSI), slices.Clone(r.Portals)
 	return c
 }
 

@@ -35,6 +35,7 @@ type side struct {
 	args []string // before those of a line
 
 	portal string
+	second string // a portal that is free, $PORTAL in a line
 	open   *initiator.Session
 }
 
@@ -88,7 +89,7 @@ func (s *side) shown(t *testing.T, want bool) {
 // and its exit code as the last line.
 func (s *side) run(t *testing.T, line string) []string {
 	t.Helper()
-	words := strings.Fields(strings.ReplaceAll(line, "$DEV", s.dev))
+	words := strings.Fields(strings.NewReplacer("$DEV", s.dev, "$PORTAL", s.second).Replace(line))
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	args := append([]string{}, s.args...)
@@ -106,6 +107,9 @@ func (s *side) run(t *testing.T, line string) []string {
 		code = ee.ExitCode()
 	}
 	text := strings.ReplaceAll(out.String()+errs.String(), s.dev, "$DEV")
+	if s.second != "" {
+		text = strings.ReplaceAll(text, s.second, "$PORTAL")
+	}
 	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
 	if text == "" {
 		lines = nil
@@ -203,7 +207,7 @@ func ours(t *testing.T) (*side, *cluster.Cluster) {
 	if out, err := exec.Command(filepath.Join(cluster.Bin(t), "clusteradm"), "compat", "install", dir).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	return &side{dir: dir, dev: stores(t), portal: c.Nodes[0].IP + ":3260", env: []string{"BLOCKHOUSE_SOCKET=" + filepath.Join(c.Nodes[0].Run, "clusterd.sock")}}, c
+	return &side{dir: dir, dev: stores(t), portal: c.Nodes[0].IP + ":3260", second: c.Nodes[0].IP + ":3261", env: []string{"BLOCKHOUSE_SOCKET=" + filepath.Join(c.Nodes[0].Run, "clusterd.sock")}}, c
 }
 
 // theirs starts a tgtd with a control socket and a portal of its own.
@@ -218,6 +222,7 @@ func theirs(t *testing.T) *side {
 	s := &side{dir: filepath.Dir(prog), dev: stores(t), env: []string{"TGT_IPC_SOCKET=" + filepath.Join(dir, "s"), "PATH=" + filepath.Dir(prog) + ":" + os.Getenv("PATH")}, args: []string{"-C", "7799"}}
 	port := testproc.FreePort(t)
 	s.portal = fmt.Sprintf("127.0.0.1:%d", port)
+	s.second = fmt.Sprintf("127.0.0.1:%d", testproc.FreePort(t))
 	p := testproc.Start(t, testproc.Spec{Name: "tgtd", Env: s.env, Grace: time.Millisecond,
 		Args: []string{"tgtd", "-f", "-C", "7799", "--iscsi", fmt.Sprintf("portal=127.0.0.1:%d", port)}})
 	for range 100 {
