@@ -71,7 +71,7 @@ tried again every second.`
 		return a.printDone(d, "portal "+args[1]+" of "+args[0]+" is removed")
 	})
 	rm.Long = `Take a portal away that was added. No new login comes through it; sessions that
-did stay, as with tgtd and LIO: end them with clusteradm session kill.`
+did stay, as with tgtd: end them with clusteradm session kill.`
 	nodes := complete(a, api.PathNodes, func(n api.Node) string { return n.Name })
 	list.ValidArgsFunction, add.ValidArgsFunction, rm.ValidArgsFunction = nodes, nodes, nodes
 	return a.group(&cobra.Command{Use: "portal", Short: "iSCSI addresses of the nodes", Aliases: []string{"portals"}}, alias(list, "ls"), add, alias(rm, "remove"))

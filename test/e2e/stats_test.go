@@ -282,7 +282,7 @@ func portals(ctx context.Context, t *testing.T, c *cluster.Cluster, iqn string) 
 		return err != nil, "still open"
 	})
 	c.Wait("it is no longer listed", 10*time.Second, state(second, "", ""))
-	if err := d.ReadAt(ctx, make([]byte, 4096), 0); err != nil { // as with tgtd and LIO
+	if err := d.ReadAt(ctx, make([]byte, 4096), 0); err != nil { // as with tgtd
 		t.Errorf("the session that came through it: %v", err)
 	}
 	if err := s.Close(); err != nil {
