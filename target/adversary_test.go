@@ -663,7 +663,7 @@ func FuzzConn(f *testing.F) {
 	(&iscsi.LoginRequest{Transit: true, CSG: 1, NSG: 3, ITT: 1}).Encode(&lg)
 	lg.SetDataLen(16)
 	f.Add(false, append(lg[:], "InitiatorName=x\x00"...))
-	b := newBench(f, Options{LoginTimeout: 200 * time.Millisecond}, lunOf(f, 0))
+	b := newBench(f, Options{}, lunOf(f, 0))
 	f.Fuzz(func(t *testing.T, full bool, data []byte) {
 		c := dial(t, b.addr())
 		if full {
