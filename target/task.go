@@ -681,16 +681,24 @@ func (t *task) finish(o *outcome) (first, answer bool, ends []func()) {
 	return true, answer, t.ends
 }
 
+// unlock lets go on what waits for the task's range.
 func (t *task) unlock() {
-	if t.wave != nil {
-		for _, r := range t.lu.order.leave(t.wave) {
-			r.resume()
-		}
-	}
 	if t.locked {
 		if ready := t.lu.ranges.release(&t.lock); len(ready) > 0 {
 			t.lu.pool.submit(ready...)
 		}
+	}
+}
+
+// leave lets go on what waits for the task to end (taskOrder). A task has ended when
+// its response is on the way: the initiator must not see a later one first (SAM-5
+// 8.6.2).
+func (t *task) leave() {
+	if t.wave == nil {
+		return
+	}
+	for _, r := range t.lu.order.leave(t.wave) {
+		r.resume()
 	}
 }
 
@@ -703,6 +711,7 @@ func (t *task) end() {
 	t.unlock()
 	t.buf.Free()
 	t.buf = nil
+	t.leave()
 	for _, f := range ends {
 		f()
 	}
@@ -727,6 +736,7 @@ func (t *task) respond(o outcome) {
 	} else {
 		o.buf.Free()
 	}
+	t.leave()
 	for _, f := range ends {
 		f()
 	}
