@@ -893,13 +893,7 @@ func (s *Session) leave(limit time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	s.mu.Lock()
-	var drained chan struct{}
-	if s.mu.inFlight > 0 {
-		if s.mu.drained == nil {
-			s.mu.drained = make(chan struct{})
-		}
-		drained = s.mu.drained
-	}
+	drained := s.drainedLocked()
 	s.mu.Unlock()
 	if drained != nil {
 		select {

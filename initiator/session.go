@@ -716,13 +716,7 @@ func (s *Session) Logout(ctx context.Context) error {
 	if s.mu.closing == nil {
 		s.mu.closing = ErrClosed
 	}
-	var drained chan struct{}
-	if s.mu.inFlight > 0 {
-		if s.mu.drained == nil {
-			s.mu.drained = make(chan struct{})
-		}
-		drained = s.mu.drained
-	}
+	drained := s.drainedLocked()
 	s.mu.Unlock()
 	if drained != nil {
 		select {
@@ -764,4 +758,16 @@ func (s *Session) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.LogoutTimeout)
 	defer cancel()
 	return s.Logout(ctx)
+}
+
+// drainedLocked gives a channel that is closed when no command is in flight any
+// more, nil when none is now.
+func (s *Session) drainedLocked() chan struct{} {
+	if s.mu.inFlight == 0 {
+		return nil
+	}
+	if s.mu.drained == nil {
+		s.mu.drained = make(chan struct{})
+	}
+	return s.mu.drained
 }

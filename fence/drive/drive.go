@@ -118,8 +118,7 @@ func (d *Driver) Next(in *Input) Act {
 		return Act{Why: cmp.Or(cut.why(), "an operator who has reset it: clusteradm fence_manual "+o.Node)}
 	}
 	var pause time.Duration
-	for _, r := range ended {
-		_ = r
+	for range ended {
 		pos, pause = in.Plan.Failed(pos, len(in.Plan.Methods[pos.Method].Executors(o.Node, in.Members)))
 	}
 	if d.tried != len(ended) {

@@ -23,18 +23,12 @@ func fenced(t *testing.T, c *cluster.Cluster, by *cluster.Node, node string, lim
 	t.Helper()
 	var out api.FenceEvent
 	c.Wait(node+" fenced", limit, func() (bool, string) {
+		if l := fenceEvents(t, by, node, "fenced"); len(l) > 0 {
+			out = l[0]
+			return true, ""
+		}
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
-		l, err := api.Get[api.List[api.FenceEvent]](ctx, by.API(), api.PathFenceHistory)
-		if err != nil {
-			return false, err.Error()
-		}
-		for _, e := range l.Items {
-			if e.Event == "fenced" && e.Node == node {
-				out = e
-				return true, ""
-			}
-		}
 		f, err := api.Get[api.List[api.Fence]](ctx, by.API(), api.PathFence)
 		if err != nil {
 			return false, err.Error()
